@@ -1,0 +1,29 @@
+"""The intermediate representation: ONNX at a recent opset, plus carried state and the ``hal`` ops."""
+
+from hal.ir.graph import (
+    HAL_DOMAIN,
+    IR_VERSION,
+    OPSET,
+    Dim,
+    Graph,
+    Signature,
+    State,
+    TensorSpec,
+    dtype_from_name,
+    dtype_name,
+    tensor_spec,
+)
+
+__all__ = [
+    "HAL_DOMAIN",
+    "IR_VERSION",
+    "OPSET",
+    "Dim",
+    "Graph",
+    "Signature",
+    "State",
+    "TensorSpec",
+    "dtype_from_name",
+    "dtype_name",
+    "tensor_spec",
+]

@@ -1,0 +1,162 @@
+"""What a backend is: the five calls through which a chip's software meets hal.
+
+A backend never edits the graph it is given. Claims are made node by node; the planner
+(:mod:`hal.targets.partition`) turns them into convex segments, gives what is not claimed to the
+host backend, and calls :meth:`Backend.build` once for each segment.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from hal.descriptor import Descriptor
+from hal.ir import Graph, State
+
+HAL_API = "1"
+"""Version of this contract. A backend that states another is refused with a clear message."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """Whether a backend can run here: ``present``, ``simulator`` or ``absent``, and why."""
+
+    status: str
+    reason: str = ""
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Answer to "can you run this node?"; ``reason`` is set when the answer is no."""
+
+    claimed: bool
+    reason: str = ""
+
+    @classmethod
+    def yes(cls) -> Verdict:
+        """The node is claimed."""
+        return cls(True)
+
+    @classmethod
+    def no(cls, reason: str) -> Verdict:
+        """The node is refused, and why."""
+        return cls(False, reason)
+
+
+class WeightStore(abc.ABC):
+    """Files of a bundle as a backend sees them; a directory or a zip, always memory-mapped."""
+
+    @abc.abstractmethod
+    def locate(self, relative: str) -> tuple[Path, int, int]:
+        """Real file, byte offset and length that hold the member ``relative``."""
+
+    @abc.abstractmethod
+    def mapped(self, relative: str) -> memoryview:
+        """The member's bytes, memory-mapped read-only."""
+
+    @abc.abstractmethod
+    def extracted(self, relative: str) -> Path:
+        """A real path with the member's bytes (itself in a directory, a cached copy for a zip)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildContext:
+    """Where and for what a segment is built.
+
+    ``folder`` exists and is the segment's own; ``bundle`` is the bundle's root, against which
+    external weight locations are relative. Weights that a backend repacks go into ``folder``.
+    """
+
+    descriptor: Descriptor
+    folder: Path
+    bundle: Path
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadContext:
+    """Where a built segment is loaded from. ``folder`` is relative to the bundle's root."""
+
+    descriptor: Descriptor
+    folder: str
+    files: WeightStore
+    threads: int | None = None
+
+
+class StateStore(abc.ABC):
+    """Carried tensors owned by one session, in whatever layout the executable likes.
+
+    ``import_array``/``export_array`` speak the neutral layout of :class:`hal.ir.State`.
+    """
+
+    @abc.abstractmethod
+    def reset(self) -> None:
+        """Forget everything: growth axes have extent 0, fixed state is zero."""
+
+    @abc.abstractmethod
+    def export_array(self, name: str) -> np.ndarray:
+        """The state ``name`` in neutral layout (only the valid extent)."""
+
+    @abc.abstractmethod
+    def import_array(self, name: str, array: np.ndarray) -> None:
+        """Replace the state ``name`` by an array in neutral layout."""
+
+
+class Executable(abc.ABC):
+    """A loaded segment. Not thread-safe; arrays in and out are numpy."""
+
+    @abc.abstractmethod
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Run once. Keys are the segment's value names; carried state is passed explicitly."""
+
+    def create_state(self, state: tuple[State, ...]) -> StateStore | None:
+        """An in-place store for ``state``, or None when the session should pass arrays to :meth:`run`."""
+        return None
+
+    def step(self, inputs: Mapping[str, Any], store: StateStore) -> dict[str, Any]:
+        """Run once on a store made by :meth:`create_state`, updating it in place."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Release what the segment holds."""
+
+
+class Backend(abc.ABC):
+    """Base class of backends; found through the entry-point group ``hal.backends``."""
+
+    name: ClassVar[str]
+    hal_api: ClassVar[str] = HAL_API
+
+    @abc.abstractmethod
+    def probe(self) -> Probe:
+        """Say whether the backend can run here. Never raises."""
+
+    def legalize(self, graph: Graph, descriptor: Descriptor) -> Graph:
+        """Rewrite a clone of the neutral graph into what this backend prefers to run.
+
+        Inputs, outputs and state keep their names. Called once, before claims are made.
+        """
+        return graph
+
+    @abc.abstractmethod
+    def supports(self, node: ir.Node, descriptor: Descriptor) -> Verdict:
+        """Claim one node of the legalized graph (its subgraphs included) or say why not."""
+
+    @abc.abstractmethod
+    def build(self, graph: Graph, context: BuildContext) -> dict[str, Any]:
+        """Compile a segment into ``context.folder``; return a JSON record that :meth:`load` needs."""
+
+    @abc.abstractmethod
+    def load(self, record: Mapping[str, Any], context: LoadContext) -> Executable:
+        """Load what :meth:`build` wrote.
+
+        Raises:
+            TargetError: the segment cannot run on this machine.
+        """
