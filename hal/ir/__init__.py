@@ -13,6 +13,8 @@ from hal.ir.graph import (
     dtype_name,
     tensor_spec,
 )
+from hal.ir.verify import verify
+from hal.ir.view import to_networkx, used_values, value_bytes
 
 __all__ = [
     "HAL_DOMAIN",
@@ -26,4 +28,8 @@ __all__ = [
     "dtype_from_name",
     "dtype_name",
     "tensor_spec",
+    "to_networkx",
+    "used_values",
+    "value_bytes",
+    "verify",
 ]
