@@ -1,0 +1,141 @@
+"""Golden results: what a neutral graph means, computed without any backend of ours.
+
+    >>> evaluate(graph, {"x": array})["y"]
+    >>> evaluate(graph, {"x": array}, outputs=["layer.3.attention"])   # any value, for bisecting
+
+Local functions are inlined by onnx's own inliner and the result runs on ONNX Runtime with every
+optimization off; what that cannot run goes through ``onnx.reference``. Weights are fed by
+reference, so a large model is not copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+import onnx.reference
+import onnx_ir as ir
+import onnxruntime as ort
+
+from hal.errors import GraphError, InputError, did_you_mean
+from hal.ir.graph import Graph
+from hal.ir.ortvalue import as_numpy, from_ort, to_ort
+
+_EMBED_LIMIT = 4096  # bytes; larger initializers are fed as inputs
+
+
+def evaluate(
+    graph: Graph, inputs: Mapping[str, Any], outputs: list[str] | None = None
+) -> dict[str, Any]:
+    """Run ``graph`` on ``inputs`` (state included) and return the named values.
+
+    ``outputs`` may name any value of the top-level graph; by default the graph's outputs. Tensors
+    are numpy arrays in the value's dtype (ml_dtypes for bfloat16 and the like), sequences are
+    lists, an empty optional is None.
+
+    Raises:
+        InputError: an input is missing.
+        GraphError: ``outputs`` names no value, or neither evaluator can run the graph.
+    """
+    for value in graph.graph.inputs:
+        if value.name not in inputs and value.name not in graph.graph.initializers:
+            raise InputError(
+                f"input {value.name!r} is missing",
+                "given: " + (", ".join(inputs) or "nothing"),
+            )
+    proto, weights = _weightless(graph, outputs)
+    feeds = {**inputs, **weights}
+    names = [value.name for value in proto.graph.output]
+    failures: list[str] = []
+    for attempt in _variants(proto):
+        try:
+            return dict(zip(names, _run_ort(attempt, feeds, names), strict=True))
+        except Exception as error:  # the next evaluator may know the op
+            failures.append(f"onnxruntime: {_first_line(error)}")
+    try:
+        evaluator = onnx.reference.ReferenceEvaluator(proto)
+        arrays = {name: _plain(value) for name, value in feeds.items()}
+        return dict(zip(names, evaluator.run(None, arrays), strict=True))
+    except Exception as error:
+        failures.append(f"onnx.reference: {_first_line(error)}")
+        raise GraphError(
+            f"no reference evaluator runs {graph.name!r} ({'; '.join(failures)})",
+            "check the graph with hal.ir.verify",
+        ) from error
+
+
+def _variants(proto: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
+    """The model as it is, then with the functions that ONNX schemas define inlined."""
+    yield proto
+    try:
+        yield onnx.inliner.inline_selected_functions(
+            proto, [], exclude=True, inline_schema_functions=True
+        )
+    except Exception:  # onnx's inliner cannot type every model; there is another evaluator
+        return
+
+
+def _weightless(
+    graph: Graph, outputs: list[str] | None
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """The model with large initializers turned into inputs, and their arrays."""
+    model = graph.model.clone()
+    if outputs is not None:
+        known = {v.name: v for v in _values(model.graph)}
+        for name in outputs:
+            if name not in known:
+                raise GraphError(f"no value {name!r} in the graph", did_you_mean(name, known))
+        model.graph.outputs.clear()
+        model.graph.outputs.extend(known[name] for name in outputs)
+    weights: dict[str, np.ndarray] = {}
+    for name, value in list(model.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= _EMBED_LIMIT or tensor.dtype == ir.DataType.STRING:
+            continue
+        weights[name] = tensor.numpy()
+        value.type = ir.TensorType(tensor.dtype)
+        value.shape = ir.Shape(tuple(tensor.shape))
+        del model.graph.initializers[name]
+        value.const_value = None
+        if value not in model.graph.inputs:
+            model.graph.inputs.append(value)
+    return onnx.inliner.inline_local_functions(ir.to_proto(model)), weights
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from (value for value in node.outputs if value.name)
+
+
+def _run_ort(proto: onnx.ModelProto, feeds: Mapping[str, Any], names: list[str]) -> list[Any]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    wanted = {value.name: value for value in session.get_inputs()}
+    given = {name: feeds[name] for name in wanted if name in feeds}
+    plain = all(v.type.startswith("tensor") and "string" not in v.type for v in wanted.values())
+    if not plain:
+        return list(session.run(names, {name: _plain(value) for name, value in given.items()}))
+    values = {name: to_ort(value) for name, value in given.items()}
+    return [from_ort(value) for value in session.run_with_ort_values(names, values)]
+
+
+def _plain(value: Any) -> Any:
+    """A feed as numpy arrays: sequences stay lists, None stays None."""
+    if value is None or isinstance(value, dict):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return as_numpy(value)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
