@@ -1,0 +1,76 @@
+"""Routes: through which software a chip is reached, and with which options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ConfigDict, Field, field_validator
+
+from hal.descriptor._base import Model
+
+Option = str | int | float | bool
+
+
+class OnnxRuntimeRoute(Model):
+    """Execution providers in order of preference."""
+
+    backend: str = "onnxruntime"
+    providers: tuple[str, ...] = Field(min_length=1)
+    provider_options: dict[str, dict[str, Option]] = Field(default_factory=dict)
+    """Provider name to its options."""
+    session_options: dict[str, Option] = Field(default_factory=dict)
+    """Session configuration entries, e.g. ``"session.intra_op.allow_spinning" = "0"``."""
+    library: str | None = None
+    """Python module whose plug-in library registers the provider, where it is not built in."""
+    package: str | None = None
+    """Distribution to install when the provider is missing."""
+
+
+class TvmRoute(Model):
+    """A code generator's target as a table, as TVM's ``Target`` takes it."""
+
+    backend: str = "tvm"
+    target: dict[str, Any]
+    """Must have ``kind``; everything else goes to TVM as it is."""
+    cross_compiler: str | None = None
+    """Linker driver for another machine."""
+    package: str | None = None
+
+    @field_validator("target")
+    @classmethod
+    def _has_kind(cls, target: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(target.get("kind"), str):
+            raise ValueError('must have a string "kind", for example { kind = "llvm" }')
+        return target
+
+
+class PluginRoute(Model):
+    """A route of a backend that hal does not know; its options are not checked here."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    backend: str = Field(min_length=1)
+    """Name in the entry-point group ``hal.backends``."""
+    package: str | None = None
+    """Distribution to install when the backend is missing."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything the table says beyond ``backend`` and ``package``."""
+        return dict(self.model_extra or {})
+
+
+Route = OnnxRuntimeRoute | TvmRoute | PluginRoute
+
+_KNOWN: dict[str, type[OnnxRuntimeRoute | TvmRoute]] = {
+    "onnxruntime": OnnxRuntimeRoute,
+    "tvm": TvmRoute,
+}
+
+
+def route_type(
+    name: str, table: Any
+) -> type[OnnxRuntimeRoute | TvmRoute | PluginRoute]:
+    """The model of the route ``name``: chosen by its backend, which defaults to its name."""
+    backend = table.get("backend", name) if isinstance(table, dict) else name
+    return _KNOWN.get(backend, PluginRoute) if isinstance(backend, str) else PluginRoute

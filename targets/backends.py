@@ -1,0 +1,102 @@
+"""Finding backends: the entry-point group ``hal.backends``, and the check of the contract's version."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from typing import TYPE_CHECKING
+
+from hal.errors import TargetError, did_you_mean
+
+if TYPE_CHECKING:
+    from hal.targets.backend import Backend
+
+BACKENDS_GROUP = "hal.backends"
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendInfo:
+    """Whether a backend can run here: ``present``, ``simulator``, ``absent`` or ``broken``."""
+
+    name: str
+    origin: str
+    status: str
+    reason: str = ""
+
+
+def load_backend(name: str) -> Backend:
+    """An instance of the backend ``name``.
+
+    Raises:
+        TargetError: no package provides it, two do, it cannot be imported, or it was written
+            for another version of the contract (``hal_api``).
+    """
+    points = importlib.metadata.entry_points(group=BACKENDS_GROUP)
+    found = {
+        (point.value, _origin(point)): point for point in points if point.name == name
+    }
+    if not found:
+        raise TargetError(
+            f"no installed package provides the backend {name!r}",
+            did_you_mean(name, points.names),
+        )
+    if len(found) > 1:
+        origins = " and ".join(sorted(origin for _, origin in found))
+        raise TargetError(
+            f"backend {name!r} is provided twice: {origins}", "uninstall one of them"
+        )
+    ((_, origin), point) = next(iter(found.items()))
+    try:
+        backend_class = point.load()
+    except Exception as error:  # a vendor's code may raise anything
+        raise TargetError(
+            f"backend {name!r} of {origin} cannot be imported: {type(error).__name__}: {error}",
+            f"check the installation of {origin}",
+        ) from error
+    return _instance(backend_class, name, origin)
+
+
+def list_backends() -> list[BackendInfo]:
+    """Every backend that a package provides, and whether it can run here. Never raises."""
+    infos = []
+    for point in importlib.metadata.entry_points(group=BACKENDS_GROUP):
+        try:
+            probe = load_backend(point.name).probe()
+            info = BackendInfo(point.name, _origin(point), probe.status, probe.reason)
+        except Exception as error:  # reported, not raised: the others still count
+            info = BackendInfo(point.name, _origin(point), "broken", str(error))
+        infos.append(info)
+    return sorted(set(infos), key=lambda info: info.name)
+
+
+def _instance(backend_class: object, name: str, origin: str) -> Backend:
+    from hal.targets.backend import HAL_API, Backend
+
+    api = getattr(backend_class, "hal_api", None)
+    if api != HAL_API:
+        raise TargetError(
+            f"backend {name!r} of {origin} was written for hal_api {api!r}, "
+            f"this hal speaks {HAL_API!r}",
+            f"install a version of {origin.split()[0]} made for this hal-compiler",
+        )
+    if not (isinstance(backend_class, type) and issubclass(backend_class, Backend)):
+        raise TargetError(
+            f"backend {name!r} of {origin} is not a subclass of hal.targets.Backend",
+            "derive the class from hal.targets.Backend",
+        )
+    if getattr(backend_class, "name", name) != name:
+        raise TargetError(
+            f"backend {name!r} of {origin} calls itself {backend_class.name!r}",
+            "give the entry point and the class the same name",
+        )
+    try:
+        return backend_class()
+    except Exception as error:  # a vendor's code may raise anything
+        raise TargetError(
+            f"backend {name!r} of {origin} cannot be started: {type(error).__name__}: {error}",
+            f"check the installation of {origin}",
+        ) from error
+
+
+def _origin(point: importlib.metadata.EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
