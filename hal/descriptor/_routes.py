@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from hal.descriptor._base import Model
 
@@ -40,7 +41,11 @@ class TvmRoute(Model):
     @classmethod
     def _has_kind(cls, target: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(target.get("kind"), str):
-            raise ValueError('must have a string "kind", for example { kind = "llvm" }')
+            # A "missing" error, because a file that extends another may leave the kind to it.
+            raise PydanticCustomError(
+                "missing_kind",
+                'must have a string "kind", for example { kind = "llvm" }',
+            )
         return target
 
 
