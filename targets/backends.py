@@ -1,4 +1,4 @@
-"""Finding backends: the entry-point group ``hal.backends``, and the check of the contract's version."""
+"""Finding backends in the entry-point group ``hal.backends``, and checking their contract."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ def load_backend(name: str) -> Backend:
             for another version of the contract (``hal_api``).
     """
     points = importlib.metadata.entry_points(group=BACKENDS_GROUP)
-    found = {
-        (point.value, _origin(point)): point for point in points if point.name == name
-    }
+    found = {(point.value, _origin(point)): point for point in points if point.name == name}
     if not found:
         raise TargetError(
             f"no installed package provides the backend {name!r}",
@@ -42,9 +40,7 @@ def load_backend(name: str) -> Backend:
         )
     if len(found) > 1:
         origins = " and ".join(sorted(origin for _, origin in found))
-        raise TargetError(
-            f"backend {name!r} is provided twice: {origins}", "uninstall one of them"
-        )
+        raise TargetError(f"backend {name!r} is provided twice: {origins}", "uninstall one of them")
     ((_, origin), point) = next(iter(found.items()))
     try:
         backend_class = point.load()
@@ -63,7 +59,7 @@ def list_backends() -> list[BackendInfo]:
         try:
             probe = load_backend(point.name).probe()
             info = BackendInfo(point.name, _origin(point), probe.status, probe.reason)
-        except Exception as error:  # reported, not raised: the others still count
+        except Exception as error:  # noqa: BLE001 - reported; the others still count
             info = BackendInfo(point.name, _origin(point), "broken", str(error))
         infos.append(info)
     return sorted(set(infos), key=lambda info: info.name)

@@ -47,21 +47,15 @@ def detect(root: Path = Path("/")) -> Machine:
     cpus = _usable_cpus()
     return Machine(
         architecture=platform.machine(),
-        model=cpuinfo.get("model name", "").strip()
-        or platform.processor()
-        or platform.machine(),
+        model=cpuinfo.get("model name", "").strip() or platform.processor() or platform.machine(),
         cores=_core_count(root, cpus),
-        features=frozenset(
-            (cpuinfo.get("flags") or cpuinfo.get("Features") or "").split()
-        ),
+        features=frozenset((cpuinfo.get("flags") or cpuinfo.get("Features") or "").split()),
         memory_bytes=_memory_bytes(root),
         caches=_caches(root, min(cpus, default=0)),
     )
 
 
-def host_table(
-    candidates: Iterable[Descriptor], machine: Machine | None = None
-) -> dict[str, Any]:
+def host_table(candidates: Iterable[Descriptor], machine: Machine | None = None) -> dict[str, Any]:
     """The raw table of ``host``, extending the best match among ``candidates``.
 
     A candidate matches when its ``[match]`` names this architecture and only features that this
@@ -87,9 +81,7 @@ def host_table(
     return table
 
 
-def _best_match(
-    candidates: Iterable[Descriptor], machine: Machine
-) -> Descriptor | None:
+def _best_match(candidates: Iterable[Descriptor], machine: Machine) -> Descriptor | None:
     best, fallback, most = None, None, -1
     for candidate in candidates:
         if candidate.name == _FALLBACK:
@@ -98,11 +90,7 @@ def _best_match(
         if match is None or candidate.kind != "cpu":
             continue
         here = not match.machine or machine.architecture in match.machine
-        if (
-            here
-            and machine.features.issuperset(match.features)
-            and len(match.features) > most
-        ):
+        if here and machine.features.issuperset(match.features) and len(match.features) > most:
             best, most = candidate, len(match.features)
     return best or fallback
 
@@ -228,18 +216,14 @@ def _memory_bytes(root: Path) -> int | None:
 def _caches(root: Path, cpu: int) -> tuple[Cache, ...]:
     """Data and unified caches of one processor, nearest first."""
     found = []
-    for index in sorted(
-        (root / f"sys/devices/system/cpu/cpu{cpu}/cache").glob("index*")
-    ):
+    for index in sorted((root / f"sys/devices/system/cpu/cpu{cpu}/cache").glob("index*")):
         kind, size = _read(index / "type"), _size(_read(index / "size"))
         level = _integer(_read(index / "level"))
         if kind == "Instruction" or not size or not level:
             continue
         name = f"l{level}d" if kind == "Data" else f"l{level}"
         shared = _count_cpus(_read(index / "shared_cpu_list"))
-        found.append(
-            Cache(name, size, _integer(_read(index / "coherency_line_size")), shared)
-        )
+        found.append(Cache(name, size, _integer(_read(index / "coherency_line_size")), shared))
     return tuple(sorted(found, key=lambda cache: cache.level))
 
 

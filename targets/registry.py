@@ -88,9 +88,7 @@ class Problem:
 class Registry:
     """A snapshot of every descriptor that can be found now."""
 
-    def __init__(
-        self, entries: Iterable[_Entry], problems: Iterable[Problem] = ()
-    ) -> None:
+    def __init__(self, entries: Iterable[_Entry], problems: Iterable[Problem] = ()) -> None:
         self._entries: dict[str, list[_Entry]] = {}
         for entry in entries:
             self._entries.setdefault(entry.name, []).append(entry)
@@ -103,9 +101,7 @@ class Registry:
         ``target_path`` defaults to the environment variable ``HAL_TARGET_PATH``.
         """
         problems: list[Problem] = []
-        entries = list(
-            _read_all(sorted(_LIBRARY.rglob("*.toml")), "built in", problems)
-        )
+        entries = list(_read_all(sorted(_LIBRARY.rglob("*.toml")), "built in", problems))
         entries += _from_plugins(problems)
         path = os.environ.get(TARGET_PATH, "") if target_path is None else target_path
         entries += _read_all(_files_of(path, problems), TARGET_PATH, problems)
@@ -153,12 +149,9 @@ class Registry:
     def list(self) -> list[TargetInfo]:
         """Every target, ``host`` first, then everything that was found and cannot be used."""
         infos = [self._info(name) for name in self.names()]
-        infos.sort(
-            key=lambda info: (info.name != HOST, info.origin != "built in", info.name)
-        )
+        infos.sort(key=lambda info: (info.name != HOST, info.origin != "built in", info.name))
         broken = [
-            TargetInfo(p.name, "", "", "", (), p.origin, p.error.message)
-            for p in self.problems
+            TargetInfo(p.name, "", "", "", (), p.origin, p.error.message) for p in self.problems
         ]
         return infos + broken
 
@@ -183,13 +176,9 @@ class Registry:
             for problem in self.problems:
                 if problem.name == name:
                     raise problem.error
-            raise TargetError(
-                f"unknown target {name!r}", did_you_mean(name, self.names())
-            )
+            raise TargetError(f"unknown target {name!r}", did_you_mean(name, self.names()))
         if len(found) > 1:
-            sources = " and ".join(
-                f"{entry.source} ({entry.origin})" for entry in found
-            )
+            sources = " and ".join(f"{entry.source} ({entry.origin})" for entry in found)
             raise TargetError(
                 f"target {name!r} is described twice: {sources}",
                 "uninstall one of them, or rename one descriptor",
@@ -258,16 +247,12 @@ def _files_of(path: str, problems: list[Problem]) -> list[Path]:
         elif place.exists():
             files.append(place)
         else:
-            error = TargetError(
-                f"{TARGET_PATH} names {part!r}, which does not exist", "fix it"
-            )
+            error = TargetError(f"{TARGET_PATH} names {part!r}, which does not exist", "fix it")
             problems.append(Problem(part, TARGET_PATH, error))
     return files
 
 
-def _read_all(
-    files: Iterable[Path], origin: str, problems: list[Problem]
-) -> Iterator[_Entry]:
+def _read_all(files: Iterable[Path], origin: str, problems: list[Problem]) -> Iterator[_Entry]:
     for file in files:
         try:
             yield _entry_of(schema.read_toml(file), str(file), origin)
@@ -278,9 +263,7 @@ def _read_all(
 def _entry_of(table: Mapping[str, Any], source: str, origin: str) -> _Entry:
     name = table.get("name")
     if not isinstance(name, str) or not name:
-        raise DescriptorError(
-            f"{source}: missing field 'name'", "give the target a name"
-        )
+        raise DescriptorError(f"{source}: missing field 'name'", "give the target a name")
     if name == HOST:
         raise DescriptorError(
             f"{source}: the name {HOST!r} belongs to the machine that hal runs on",
@@ -295,7 +278,7 @@ def _from_plugins(problems: list[Problem]) -> list[_Entry]:
         origin = _origin(point)
         try:
             items = list(_items_of(point.load()))
-        except Exception as error:  # a vendor's code may raise anything
+        except Exception as error:  # noqa: BLE001 - a vendor's code may raise anything
             reason = f"{type(error).__name__}: {error}"
             wrapped = TargetError(
                 f"targets of {origin} cannot be loaded: {reason}",
@@ -328,17 +311,11 @@ def _plugin_entry(
 def _items_of(value: Any) -> Iterable[object]:
     """What an entry point gives: a function's result, or a module's ``targets()`` or TOML files."""
     if isinstance(value, types.ModuleType):
-        function: Callable[[], Iterable[object]] | None = getattr(
-            value, "targets", None
-        )
+        function: Callable[[], Iterable[object]] | None = getattr(value, "targets", None)
         if callable(function):
             return function()
-        folders = list(getattr(value, "__path__", [])) or [
-            str(Path(str(value.__file__)).parent)
-        ]
-        return [
-            file for folder in folders for file in sorted(Path(folder).rglob("*.toml"))
-        ]
+        folders = list(getattr(value, "__path__", [])) or [str(Path(str(value.__file__)).parent)]
+        return [file for folder in folders for file in sorted(Path(folder).rglob("*.toml"))]
     result = value() if callable(value) else value
     return [result] if isinstance(result, (str, os.PathLike, Mapping)) else list(result)
 

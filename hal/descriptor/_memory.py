@@ -16,7 +16,7 @@ class MemoryLevel(Model):
     level: str = Field(min_length=1)
     """Name of the level (``l1d``, ``l2``, ``dram``, ``hbm``, ``sram``, …); the key for merging."""
     kind: Literal["cache", "scratch", "main", "flash", "link"] = "main"
-    """``cache`` is managed by hardware, ``scratch`` by software; ``link`` is a way to other memory."""
+    """``cache`` is run by hardware, ``scratch`` by software; ``link`` leads to other memory."""
     capacity: Bytes = None
     """Of one instance."""
     bandwidth: Bandwidth = None

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from hal.descriptor._base import Model
 from hal.descriptor._behaviour import Behaviour, Layout
@@ -22,13 +22,7 @@ from hal.descriptor._quantity import (
     Rate,
     Watts,
 )
-from hal.descriptor._routes import (
-    OnnxRuntimeRoute,
-    PluginRoute,
-    Route,
-    TvmRoute,
-    route_type,
-)
+from hal.descriptor._routes import Route, Routes
 from hal.errors import DescriptorError, did_you_mean
 
 SCHEMA_VERSION = 1
@@ -107,36 +101,15 @@ class Descriptor(Model):
     behaviour: Behaviour = Field(default_factory=Behaviour)
     layout: Layout = Field(default_factory=Layout)
     match: Match | None = None
-    routes: dict[str, OnnxRuntimeRoute | TvmRoute | PluginRoute] = Field(
-        default_factory=dict
-    )
+    routes: Routes = Field(default_factory=dict)
     default_route: str | None = None
     """Which of ``routes`` is meant when the user names none; absent: the first."""
-
-    @field_validator("routes", mode="before")
-    @classmethod
-    def _choose_route_models(cls, routes: Any) -> Any:
-        if not isinstance(routes, dict):
-            return routes
-        parsed: dict[str, Any] = {}
-        for name, table in routes.items():
-            if not isinstance(table, dict):
-                raise ValueError(f"route {name!r} must be a table, got {table!r}")
-            try:
-                parsed[name] = route_type(name, table).model_validate_json(
-                    json.dumps(table)
-                )
-            except ValidationError as error:
-                raise _prefixed(error, name) from None
-        return parsed
 
     @model_validator(mode="after")
     def _consistent(self) -> Descriptor:
         if self.default_route is not None and self.default_route not in self.routes:
             hint = did_you_mean(self.default_route, self.routes)
-            raise ValueError(
-                f"default_route {self.default_route!r} is not in [routes]; {hint}"
-            )
+            raise ValueError(f"default_route {self.default_route!r} is not in [routes]; {hint}")
         levels = [memory.level for memory in self.memory]
         for level in levels:
             if levels.count(level) > 1:
@@ -151,9 +124,7 @@ class Descriptor(Model):
 
     def main_memory(self) -> MemoryLevel | None:
         """The largest pool that programs use: the last level of kind ``main``."""
-        return next(
-            (memory for memory in reversed(self.memory) if memory.kind == "main"), None
-        )
+        return next((memory for memory in reversed(self.memory) if memory.kind == "main"), None)
 
     def memory_capacity(self) -> float | None:
         """Bytes of main memory, or None where unknown."""
@@ -197,9 +168,7 @@ class Descriptor(Model):
         found = [
             i
             for i in self.offered()
-            if i.does == does
-            and (wanted is None or i.types == wanted)
-            and (k is None or i.k == k)
+            if i.does == does and (wanted is None or i.types == wanted) and (k is None or i.k == k)
         ]
         return max(found, key=lambda i: i.lanes * i.k, default=None)
 
@@ -282,15 +251,6 @@ class Descriptor(Model):
         """SHA-256 of everything that the descriptor says, in hexadecimal."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _prefixed(error: ValidationError, name: str) -> ValidationError:
-    """The same error with ``name`` before each location, so that the field can be found."""
-    lines: list[Any] = [
-        {**line, "loc": (name, *line["loc"])}
-        for line in error.errors(include_url=False, include_context=True)
-    ]
-    return ValidationError.from_exception_data(error.title, lines)
 
 
 __all__ = ["SCHEMA_VERSION", "Descriptor", "Match", "Power", "Price", "Quantity"]

@@ -33,18 +33,12 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(path).read_bytes().decode())
     except tomllib.TOMLDecodeError as error:
-        raise DescriptorError(
-            f"{path}: not valid TOML: {error}", "fix the syntax"
-        ) from None
+        raise DescriptorError(f"{path}: not valid TOML: {error}", "fix the syntax") from None
     except UnicodeDecodeError:
-        raise DescriptorError(
-            f"{path}: not UTF-8 text", "a descriptor is a TOML file"
-        ) from None
+        raise DescriptorError(f"{path}: not UTF-8 text", "a descriptor is a TOML file") from None
     except OSError as error:
         reason = error.strerror or str(error)
-        raise DescriptorError(
-            f"{path}: cannot be read: {reason}", "check the path"
-        ) from None
+        raise DescriptorError(f"{path}: cannot be read: {reason}", "check the path") from None
 
 
 def parse(data: Mapping[str, Any], source: str = "<descriptor>") -> Descriptor:
@@ -73,9 +67,8 @@ def check_part(data: Mapping[str, Any], source: str) -> None:
     try:
         _validate(alone)
     except ValidationError as error:
-        problems = [
-            p for p in error.errors(include_url=False) if p["type"] != "missing"
-        ]
+        found = error.errors(include_url=False)
+        problems = [p for p in found if not p["type"].startswith("missing")]
         if problems:
             raise _to_descriptor_error(problems, source) from None
 
@@ -117,44 +110,28 @@ def _validate(data: Mapping[str, Any]) -> Descriptor:
     return Descriptor.model_validate_json(json.dumps(data, default=str))
 
 
-def _merge_tables(
-    parent: Mapping[str, Any], child: Mapping[str, Any]
-) -> dict[str, Any]:
+def _merge_tables(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
     merged = copy.deepcopy(dict(parent))
     for key, value in child.items():
         old = merged.get(key)
-        if (
-            isinstance(old, dict)
-            and isinstance(value, Mapping)
-            and "value" not in value
-        ):
+        if isinstance(old, dict) and isinstance(value, Mapping) and "value" not in value:
             merged[key] = _merge_tables(old, value)
-        elif (
-            key in _KEYS and isinstance(old, list) and isinstance(value, (list, tuple))
-        ):
+        elif key in _KEYS and isinstance(old, list) and isinstance(value, (list, tuple)):
             merged[key] = _merge_entries(old, value, _KEYS[key])
         else:
             merged[key] = copy.deepcopy(value)
     return merged
 
 
-def _merge_entries(
-    old: list[Any], new: list[Any] | tuple[Any, ...], keys: tuple[str, ...]
-) -> Any:
+def _merge_entries(old: list[Any], new: list[Any] | tuple[Any, ...], keys: tuple[str, ...]) -> Any:
     def identity(entry: Any) -> str:
-        return (
-            repr([entry.get(key) for key in keys])
-            if isinstance(entry, Mapping)
-            else repr(entry)
-        )
+        return repr([entry.get(key) for key in keys]) if isinstance(entry, Mapping) else repr(entry)
 
     merged = {identity(entry): entry for entry in old}
     for entry in new:
         before = merged.get(identity(entry))
         both = isinstance(before, Mapping) and isinstance(entry, Mapping)
-        merged[identity(entry)] = (
-            _merge_tables(before, entry) if both else copy.deepcopy(entry)
-        )  # type: ignore[arg-type]
+        merged[identity(entry)] = _merge_tables(before, entry) if both else copy.deepcopy(entry)  # type: ignore[arg-type]
     return list(merged.values())
 
 
@@ -186,17 +163,15 @@ def _to_descriptor_error(problems: list[Any], source: str) -> DescriptorError:
 
 def _field_name(location: tuple[int | str, ...]) -> str:
     """``("memory", 0, "bandwidth")`` as ``memory[0].bandwidth``."""
+    if location[:1] == ("routes",):
+        location = location[:2] + location[3:]  # the third part names a model, not a field
     text = ""
     for part in location:
         if isinstance(part, int):
             text += f"[{part}]"
-        elif part not in _BRANCHES and part != "[key]":
+        elif part != "[key]":
             text += f".{part}" if text else part
     return text
-
-
-_BRANCHES = ("OnnxRuntimeRoute", "TvmRoute", "PluginRoute")
-"""Names of union members, which pydantic puts into locations and no file contains."""
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
@@ -217,6 +192,6 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     if not names:
         return [field.alias or name for name, field in Descriptor.model_fields.items()]
     if names[0] == "routes":
-        names = names[1:2]
+        names = names[2:3]
     model = named.get(names[0]) if len(names) == 1 else Quantity
     return list((model or Quantity).model_fields)

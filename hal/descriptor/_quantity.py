@@ -50,9 +50,7 @@ def _build_units() -> dict[str, tuple[str, float]]:
 UNITS = MappingProxyType(_build_units())
 """Unit symbol to (dimension, factor to the base unit of that dimension)."""
 
-Confidence = Literal[
-    "measured", "vendor", "computed", "secondary", "conflicting", "recalled"
-]
+Confidence = Literal["measured", "vendor", "computed", "secondary", "conflicting", "recalled"]
 """How far a figure can be trusted.
 
 ``measured`` on the thing itself; ``vendor`` published by its maker; ``computed`` from the
@@ -95,9 +93,7 @@ class Quantity(Model):
     def _same_dimension(self) -> Quantity:
         for other in self.alternatives:
             if other.dimension != self.dimension:
-                raise ValueError(
-                    f"alternative in {other.unit!r} is not {self.dimension}"
-                )
+                raise ValueError(f"alternative in {other.unit!r} is not {self.dimension}")
         return self
 
     @property
@@ -119,9 +115,7 @@ class _Dimension:
 
     def __call__(self, quantity: Quantity | None) -> Quantity | None:
         if quantity is not None and quantity.dimension not in self.allowed:
-            example = next(
-                u for u, (dimension, _) in UNITS.items() if dimension in self.allowed
-            )
+            example = next(u for u, (dimension, _) in UNITS.items() if dimension in self.allowed)
             raise ValueError(
                 f"unit {quantity.unit!r} measures {quantity.dimension}, "
                 f"expected {' or '.join(self.allowed)} (for example {example!r})"
@@ -152,6 +146,4 @@ IssueRate = Annotated[
 Frequency = Annotated[Quantity | None, AfterValidator(_Dimension("frequency")), UNKNOWN]
 Watts = Annotated[Quantity | None, AfterValidator(_Dimension("power")), UNKNOWN]
 Money = Annotated[Quantity | None, AfterValidator(_Dimension("price")), UNKNOWN]
-MoneyPerHour = Annotated[
-    Quantity | None, AfterValidator(_Dimension("price per hour")), UNKNOWN
-]
+MoneyPerHour = Annotated[Quantity | None, AfterValidator(_Dimension("price per hour")), UNKNOWN]

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from hal.descriptor._base import Model
@@ -15,8 +22,9 @@ Option = str | int | float | bool
 class OnnxRuntimeRoute(Model):
     """Execution providers in order of preference."""
 
-    backend: str = "onnxruntime"
-    providers: tuple[str, ...] = Field(min_length=1)
+    backend: str
+    # Not strict: behind a validator written in Python, arrays arrive as lists.
+    providers: tuple[str, ...] = Field(min_length=1, strict=False)
     provider_options: dict[str, dict[str, Option]] = Field(default_factory=dict)
     """Provider name to its options."""
     session_options: dict[str, Option] = Field(default_factory=dict)
@@ -30,7 +38,7 @@ class OnnxRuntimeRoute(Model):
 class TvmRoute(Model):
     """A code generator's target as a table, as TVM's ``Target`` takes it."""
 
-    backend: str = "tvm"
+    backend: str
     target: dict[str, Any]
     """Must have ``kind``; everything else goes to TVM as it is."""
     cross_compiler: str | None = None
@@ -67,15 +75,32 @@ class PluginRoute(Model):
 
 Route = OnnxRuntimeRoute | TvmRoute | PluginRoute
 
-_KNOWN: dict[str, type[OnnxRuntimeRoute | TvmRoute]] = {
-    "onnxruntime": OnnxRuntimeRoute,
-    "tvm": TvmRoute,
-}
+
+def _tag(table: Any) -> str | None:
+    """Which model reads a route: chosen by its backend."""
+    backend = table.get("backend") if isinstance(table, dict) else getattr(table, "backend", None)
+    return backend if backend in ("onnxruntime", "tvm") else "plugin"
 
 
-def route_type(
-    name: str, table: Any
-) -> type[OnnxRuntimeRoute | TvmRoute | PluginRoute]:
-    """The model of the route ``name``: chosen by its backend, which defaults to its name."""
-    backend = table.get("backend", name) if isinstance(table, dict) else name
-    return _KNOWN.get(backend, PluginRoute) if isinstance(backend, str) else PluginRoute
+AnyRoute = Annotated[
+    Annotated[OnnxRuntimeRoute, Tag("onnxruntime")]
+    | Annotated[TvmRoute, Tag("tvm")]
+    | Annotated[PluginRoute, Tag("plugin")],
+    Discriminator(_tag),
+]
+
+
+def name_backends(routes: Any) -> Any:
+    """Give each route table without ``backend`` its own name as its backend, where hal knows it."""
+    if not isinstance(routes, dict):
+        return routes
+    return {
+        name: {"backend": name, **table}
+        if isinstance(table, dict) and name in ("onnxruntime", "tvm")
+        else table
+        for name, table in routes.items()
+    }
+
+
+Routes = Annotated[dict[str, AnyRoute], BeforeValidator(name_backends)]
+"""The tables ``[routes.<name>]``."""
