@@ -1,0 +1,1 @@
+"""Running bundles: sessions, generation, verification, samples."""

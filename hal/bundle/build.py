@@ -1,0 +1,159 @@
+"""Build one target into a bundle folder: legalize, claim, plan, compile each segment.
+
+Finished builds are kept in a content-addressed cache: the same graph and weights, descriptor, route
+and toolchain give the same files, so a second compile copies them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import hal
+from hal.bundle.manifest import BuildRecord, FileRecord
+from hal.errors import TargetError
+from hal.ir import Graph
+from hal.runtime.cache import cache_folder, entry_writer
+from hal.targets import ResolvedTarget, load_backend, partition
+from hal.targets.backend import Backend, BuildContext
+
+FALLBACK_BACKEND = "onnxruntime"
+"""Runs what a target's own backend refuses; it is a core dependency, so it is always there."""
+
+CACHED_BYTES = 1 << 30
+"""Builds larger than this are not kept in the cache."""
+
+
+def build_folder(target: str) -> str:
+    """Folder of a target's build, relative to the bundle (``host:tvm`` → ``builds/host.tvm``)."""
+    return "builds/" + target.replace(":", ".")
+
+
+def build_target(
+    root: Path,
+    graph: Graph,
+    target: ResolvedTarget,
+    *,
+    fallback: bool = True,
+    digests: dict[str, FileRecord] | None = None,
+    cache: bool = True,
+) -> BuildRecord:
+    """Compile ``graph`` for ``target`` into ``root/builds/<target>``.
+
+    Args:
+        root: bundle folder being written; holds the weights that ``graph`` refers to.
+        graph: the neutral graph; large weights are external tensors relative to ``root``.
+        target: what to build for.
+        fallback: give refused nodes to the host runtime; otherwise a refusal is an error.
+        digests: records of ``graph.onnx`` and the weight files; without them the cache is not used.
+        cache: use and fill the build cache.
+
+    Raises:
+        TargetError: the backend cannot run here.
+        UnsupportedError: nodes that nothing covers.
+    """
+    backend = load_backend(target.backend)
+    probe = backend.probe()
+    if probe.status == "absent":
+        raise TargetError(f"target {target.name!r} cannot be built here: {probe.reason}", _hint(backend))
+    toolchain = {"hal": hal.__version__, **probe.versions}
+    folder = root / build_folder(target.name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    entry = None
+    if cache and digests:
+        entry = cache_folder("builds") / _key(target, toolchain, fallback, digests)
+        if (entry / "record.json").exists():
+            return _from_cache(entry, folder)
+    folder.mkdir()
+    record = _build(root, folder, graph, target, backend, toolchain, fallback)
+    if entry is not None and _size(folder) <= CACHED_BYTES:
+        with entry_writer(entry) as temporary:
+            shutil.copytree(folder, temporary / "files")
+            (temporary / "record.json").write_text(record.model_dump_json())
+    return record
+
+
+def _build(
+    root: Path,
+    folder: Path,
+    graph: Graph,
+    target: ResolvedTarget,
+    backend: Backend,
+    toolchain: dict[str, str],
+    fallback: bool,
+) -> BuildRecord:
+    legal = backend.legalize(graph, target.descriptor)
+    verdicts = {n: backend.supports(n, target.descriptor) for n in legal.graph}
+    other = FALLBACK_BACKEND if fallback and backend.name != FALLBACK_BACKEND else None
+    plan = partition.plan(legal, backend.name, verdicts, other)
+    segments: list[dict[str, Any]] = []
+    for index, segment in enumerate(plan.segments):
+        owner = backend if segment.backend == backend.name else load_backend(segment.backend)
+        part = (
+            legal
+            if len(plan.segments) == 1
+            else partition.extract(legal, segment, f"{graph.name}_{index}")
+        )
+        if owner is not backend:
+            part = owner.legalize(part, target.descriptor)
+            refused = [
+                (n, verdict.reason)
+                for n in part.graph
+                if not (verdict := owner.supports(n, target.descriptor)).claimed
+            ]
+            partition.require_all(refused, f"{backend.name} or {owner.name}")
+        place = folder / f"{index:02d}-{owner.name}"
+        place.mkdir()
+        built = owner.build(part, BuildContext(target.descriptor, place, root))
+        segments.append(
+            {
+                "backend": owner.name,
+                "folder": place.relative_to(root).as_posix(),
+                "inputs": [v.name for v in part.graph.inputs],
+                "outputs": [v.name for v in part.graph.outputs],
+                "record": built,
+            }
+        )
+    return BuildRecord(
+        target=target.name,
+        route=target.route_name,
+        backend=target.backend,
+        folder=build_folder(target.name),
+        descriptor=target.descriptor.to_dict(),
+        segments=segments,
+        placement=plan.placement(),
+        toolchain=toolchain,
+    )
+
+
+def _key(
+    target: ResolvedTarget,
+    toolchain: dict[str, str],
+    fallback: bool,
+    digests: dict[str, FileRecord],
+) -> str:
+    facts = {
+        "target": target.name,
+        "route": target.route_name,
+        "descriptor": target.descriptor.digest(),
+        "toolchain": toolchain,
+        "fallback": fallback,
+        "inputs": {name: record.sha256 for name, record in sorted(digests.items())},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _from_cache(entry: Path, folder: Path) -> BuildRecord:
+    shutil.copytree(entry / "files", folder)
+    return BuildRecord.model_validate_json((entry / "record.json").read_text())
+
+
+def _size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def _hint(backend: Backend) -> str:
+    return f"install what the {backend.name} backend needs: pip install 'hal-compiler[{backend.name}]'"

@@ -1,0 +1,149 @@
+"""The artifact: a neutral graph, its weights, and builds for any number of targets."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from hal.bundle.files import BundleFiles
+from hal.bundle.manifest import GRAPH, Manifest, read_manifest
+from hal.errors import BundleError
+from hal.ir import Graph
+
+if TYPE_CHECKING:
+    from hal.runtime.session import Session
+
+
+class Bundle:
+    """A compiled model. Made by :func:`hal.compile`, read by :func:`hal.load`."""
+
+    def __init__(
+        self,
+        files: BundleFiles,
+        manifest: Manifest,
+        temporary: tempfile.TemporaryDirectory[str] | None = None,
+    ) -> None:
+        self.files = files
+        self.manifest = manifest
+        self._temporary = temporary  # removed with the bundle when no output was asked for
+
+    @property
+    def path(self) -> Path:
+        """Directory or file on disk."""
+        return self.files.root
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Targets that the bundle has builds for."""
+        return tuple(self.manifest.builds)
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r}, targets={list(self.targets)})"
+
+    def graph(self) -> Graph:
+        """The neutral graph; weights are mapped from the bundle, not read.
+
+        Raises:
+            BundleError: ``graph.onnx`` cannot be parsed, or refers to files outside the bundle.
+        """
+        return load_graph(self.files)
+
+    def session(self, target: str | None = None, *, threads: int | None = None) -> Session:
+        """Load a build; without ``target``, the best one in the bundle for this machine.
+
+        Raises:
+            TargetError: there is no such build, or it cannot run here.
+        """
+        from hal.runtime.session import open_session
+
+        return open_session(self, target, threads=threads)
+
+    def retarget(
+        self,
+        target: str | Sequence[str],
+        output: str | Path | None = None,
+        *,
+        verify: bool = True,
+        fallback: bool = True,
+    ) -> Bundle:
+        """A new bundle with a build for ``target``, from the neutral graph alone (no torch needed).
+
+        Raises:
+            TargetError, UnsupportedError, CheckFailed: as :func:`hal.compile`.
+        """
+        from hal.compiler import retarget
+
+        return retarget(self, target, output, verify=verify, fallback=fallback)
+
+    def verify(self, target: str | None = None, *, against: Any = None) -> dict[str, Any]:
+        """Run builds against the reference and return the error figures by target.
+
+        Args:
+            target: one build; default: all of them.
+            against: a model (anything :func:`hal.compile` takes) to compare with; default: the
+                bundle's own neutral graph.
+
+        Raises:
+            CheckFailed: a build is out of tolerance; names the first tensor that diverges.
+        """
+        from hal.compiler import verify
+
+        return verify(self, target, against=against)
+
+
+def load(path: str | Path) -> Bundle:
+    """Open a bundle and check every file's digest.
+
+    Raises:
+        BundleError: not a bundle, damaged, incomplete, or of a newer format.
+    """
+    files = BundleFiles.open(Path(path))
+    return Bundle(files, read_manifest(files))
+
+
+def load_graph(files: BundleFiles) -> Graph:
+    """Parse ``graph.onnx``; external tensors point at the real files behind the bundle's members.
+
+    Raises:
+        BundleError: it cannot be parsed, or a weight lies outside the bundle or past a file's end.
+    """
+    try:
+        model = ir.serde.deserialize_model(_parse(files))
+    except BundleError:
+        raise
+    except Exception as error:
+        raise BundleError(f"{files.root}: {GRAPH} cannot be parsed: {error}", "rebuild the bundle") from error
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = _relocated(files, tensor)
+    return Graph.from_model(model)
+
+
+def _parse(files: BundleFiles) -> Any:
+    import onnx
+
+    return onnx.load_model_from_string(files.read(GRAPH))
+
+
+def _relocated(files: BundleFiles, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+    path, start, size = files.locate(str(tensor.location))
+    offset, length = tensor.offset or 0, tensor.length or tensor.nbytes
+    if offset + length > size:
+        raise BundleError(
+            f"{files.root}: tensor {tensor.name!r} lies past the end of {tensor.location}", "rebuild the bundle"
+        )
+    inside = files.is_directory
+    return ir.ExternalTensor(
+        str(tensor.location) if inside else path.name,
+        offset if inside else start + offset,
+        length,
+        tensor.dtype,
+        shape=tensor.shape,  # type: ignore[arg-type]
+        name=tensor.name or "",
+        base_dir=str(files.root if inside else path.parent),
+    )

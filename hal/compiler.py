@@ -1,0 +1,436 @@
+"""``hal.compile``: from any model to a bundle, in one direction and with no way back.
+
+frontend → passes → bundle (graph, weights) → one build per target → verification. Everything is
+written under a temporary name next to the output and renamed at the end, so an interrupted or failed
+compile leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save_file
+
+import hal
+from hal import frontends
+from hal.bundle.build import build_target
+from hal.bundle.bundle import Bundle, load, load_graph
+from hal.bundle.files import BundleFiles, pack, unpack
+from hal.bundle.manifest import (
+    GRAPH,
+    MANIFEST,
+    MANIFEST_DIGEST,
+    BuildRecord,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    digest_path,
+    write_manifest,
+)
+from hal.bundle.weights import write_weights
+from hal.errors import BundleError, HalError, InputError, TargetError
+from hal.ir import Graph, TensorSpec
+from hal.ir.verify import verify as verify_graph
+from hal.passes import default_pipeline
+from hal.runtime import verification
+from hal.runtime.arrays import check_inputs
+from hal.runtime.session import Session, find_build
+from hal.targets import ResolvedTarget, load_backend, resolve
+
+SAMPLES = "samples.safetensors"
+SAMPLE_BYTES = 16 << 20
+"""Example inputs up to this size are kept in the bundle, so that `hal verify` can use them again."""
+
+Progress = Callable[[str], None]
+"""Called with a sentence whenever the compiler begins something that may take long."""
+
+
+def compile(  # noqa: A001  (the public name, as in torch.compile)
+    model: Any,
+    inputs: Any = None,
+    *,
+    target: str | Sequence[str] = "host",
+    output: str | Path | None = None,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    quantize: str | None = None,
+    kv_cache: str = "auto",
+    verify: bool = True,
+    fallback: bool = True,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Compile a model for one or more targets.
+
+    Args:
+        model: a ``torch.nn.Module``, a ``torch.export.ExportedProgram``, or a path to an ``.onnx``
+            file, a ``.pt2`` file or a Hugging Face directory; ``python:module:callable`` as text.
+        inputs: example inputs of a module (a tensor, a tuple or a dictionary); also used to verify.
+        target: target names such as ``host`` or ``host:tvm``.
+        output: where the bundle goes: a name that ends in ``.hal`` makes one file, any other a
+            directory; None keeps it in a temporary folder that goes with the returned object.
+        dynamic: names for dynamic axes, ``{"x": {0: "batch"}}``.
+        quantize: weight format; this version keeps the model's own (None).
+        kv_cache: layout of the cache; this version keeps the exported one (``auto``).
+        verify: run every build against the reference and fail beyond tolerance.
+        fallback: give nodes that a target refuses to the host runtime.
+        progress: called with a sentence before each long step.
+
+    Returns:
+        The bundle, opened.
+
+    Raises:
+        ModelError: the model cannot be read or exported.
+        TargetError: a target is unknown or cannot be built here.
+        UnsupportedError: an op that nothing covers.
+        CheckFailed: a build is out of tolerance; names the first tensor that diverges.
+        InputError: an argument is wrong.
+    """
+    if quantize is not None:
+        raise InputError(f"quantize={quantize!r} is not available in this version", "leave it out")
+    if kv_cache != "auto":
+        raise InputError(f"kv_cache={kv_cache!r} is not available in this version", "use 'auto'")
+    say = progress or (lambda _: None)
+    targets = [resolve(t) for t in _as_list(target)]
+    for item in targets:
+        _require_buildable(item)
+    with _bundle_writer(output) as (folder, finish):
+        say("reading the model")
+        loaded = frontends.load(model, inputs, dynamic)
+        graph = loaded.graph
+        verify_graph(graph)
+        samples = _user_samples(graph, inputs)
+        reference: verification.Reference | str = "not asked for"
+        if verify:
+            say("computing the reference")
+            reference = verification.reference_for(graph, samples)
+        say("running the passes")
+        graph, reports = default_pipeline().run(graph)
+        say("writing the weights")
+        manifest = _describe(graph, loaded.source, [r.to_json() for r in reports])
+        if isinstance(reference, verification.Reference):
+            manifest.samples = _write_samples(folder, reference.inputs)
+        _copy_assets(loaded.assets, folder)
+        del loaded
+        graph, digests = _write_graph(graph, folder)
+        for item in targets:
+            say(f"building for {item.name}")
+            record = build_target(folder, graph, item, fallback=fallback, digests=digests)
+            manifest.builds[item.name] = record
+        write_manifest(manifest, folder, digests)
+        if verify:
+            _verify_builds(folder, manifest, graph, reference, list(manifest.builds), say)
+        write_manifest(manifest, folder, manifest.files)
+        return finish(folder)
+
+
+def retarget(
+    bundle: Bundle,
+    target: str | Sequence[str],
+    output: str | Path | None = None,
+    *,
+    verify: bool = True,
+    fallback: bool = True,
+    progress: Progress | None = None,
+) -> Bundle:
+    """See :meth:`hal.Bundle.retarget`."""
+    say = progress or (lambda _: None)
+    targets = [resolve(t) for t in _as_list(target)]
+    for item in targets:
+        _require_buildable(item)
+    with _bundle_writer(output) as (folder, finish):
+        say("copying the neutral graph and weights")
+        manifest = bundle.manifest.model_copy(deep=True)
+        manifest.builds = {}
+        unpack(bundle.files, folder, skip=_not_neutral)
+        known = {n: r for n, r in manifest.files.items() if not _not_neutral(n)}
+        graph = load_graph(BundleFiles.open(folder))
+        digests = {n: r for n, r in known.items() if n == GRAPH or n.startswith("weights-")}
+        reference: verification.Reference | str = "not asked for"
+        if verify:
+            say("computing the reference")
+            reference = _reference_of(bundle, graph)
+        for item in targets:
+            say(f"building for {item.name}")
+            record = build_target(folder, graph, item, fallback=fallback, digests=digests)
+            manifest.builds[item.name] = record
+        write_manifest(manifest, folder, known)
+        if verify:
+            _verify_builds(folder, manifest, graph, reference, list(manifest.builds), say)
+        write_manifest(manifest, folder, manifest.files)
+        return finish(folder)
+
+
+def verify(bundle: Bundle, target: str | None = None, *, against: Any = None) -> dict[str, Any]:
+    """See :meth:`hal.Bundle.verify`."""
+    names = list(bundle.targets)
+    if target is not None:
+        found = find_build(target, names)
+        if found is None:
+            raise TargetError(
+                f"the bundle has no build for {target!r}", f"it has {', '.join(names) or 'no builds'}"
+            )
+        names = [found]
+    graph = bundle.graph()
+    if against is None:
+        reference = _reference_of(bundle, graph)
+    else:
+        other = frontends.load(against).graph
+        _require_same_signature(graph, other)
+        reference = verification.reference_for(other)
+    if isinstance(reference, str):
+        raise HalError(f"the bundle cannot be verified: {reference}", "verify with the original model")
+    results = {}
+    for name in names:
+        results[name] = _verify_one(bundle, graph, reference, name)
+    return results
+
+
+# -- verification -----------------------------------------------------------------------------
+
+
+def _verify_builds(
+    folder: Path,
+    manifest: Manifest,
+    graph: Graph,
+    reference: verification.Reference | str,
+    names: list[str],
+    say: Progress,
+) -> None:
+    bundle = Bundle(BundleFiles.open(folder), manifest)
+    for name in names:
+        if isinstance(reference, str):
+            figures: dict[str, Any] = {"passed": None, "reason": reference}
+        else:
+            say(f"verifying {name}")
+            figures = _verify_one(bundle, graph, reference, name)
+        manifest.builds[name].verification = figures
+
+
+def _verify_one(
+    bundle: Bundle, graph: Graph, reference: verification.Reference, name: str
+) -> dict[str, Any]:
+    with Session(bundle, name) as session:
+        figures = verification.verify_session(session, reference)
+
+    def diverges() -> str:
+        target = resolve(name)
+
+        def run(part: Graph, step: verification.Step) -> dict[str, Any]:
+            return _run_once(part, target, step)
+
+        return verification.first_divergence(graph, reference.inputs[0], run)
+
+    verification.require(figures, name, diverges)
+    return figures
+
+
+def _run_once(graph: Graph, target: ResolvedTarget, step: verification.Step) -> dict[str, Any]:
+    """Build a graph for a target in a scratch bundle and run it once (used to bisect)."""
+    with tempfile.TemporaryDirectory(prefix="hal-") as name:
+        folder = Path(name)
+        part, _ = _write_graph(graph, folder)
+        manifest = _describe(part, {}, [])
+        manifest.builds[target.name] = build_target(folder, part, target)
+        write_manifest(manifest, folder)
+        with Session(Bundle(BundleFiles.open(folder), manifest), target.name) as session:
+            return session.executable.run(step)
+
+
+def _reference_of(bundle: Bundle, graph: Graph) -> verification.Reference | str:
+    if bundle.manifest.samples is None:
+        return verification.reference_for(graph)
+    arrays = load_arrays(bundle.files.read(bundle.manifest.samples))
+    steps: list[dict[str, np.ndarray]] = []
+    for key in sorted(arrays):
+        index, _, name = key.partition("/")
+        while len(steps) <= int(index):
+            steps.append({})
+        steps[int(index)][name] = arrays[key]
+    return verification.Reference(tuple(steps), tuple(verification.run_reference(graph, steps)))
+
+
+def _require_same_signature(graph: Graph, other: Graph) -> None:
+    mine, theirs = graph.signature(), other.signature()
+    if [s.name for s in mine.inputs] != [s.name for s in theirs.inputs]:
+        raise InputError(
+            f"the models take different inputs: {[s.name for s in mine.inputs]} "
+            f"and {[s.name for s in theirs.inputs]}",
+            "verify against the model that the bundle was compiled from",
+        )
+
+
+# -- pieces of a bundle -----------------------------------------------------------------------
+
+
+def _describe(graph: Graph, source: Mapping[str, Any], passes: list[dict[str, Any]]) -> Manifest:
+    signature = graph.signature()
+    specs = graph.input_specs()
+    tensors = [v.const_value for v in graph.graph.initializers.values() if v.const_value]
+    return Manifest(
+        name=graph.name,
+        task=str(graph.metadata.get("task", "generic")),
+        producer={"hal": hal.__version__},
+        source=dict(source),
+        inputs=[_tensor_record(s) for s in signature.inputs],
+        outputs=[_tensor_record(s) for s in signature.outputs],
+        state=[
+            {**s.to_json(), "dtype": specs[s.input].dtype, "dims": list(specs[s.input].dims or ())}
+            for s in graph.state
+        ],
+        metadata=graph.metadata,
+        weights={"bytes": graph.weight_bytes(), "tensors": len(tensors)},
+        passes=passes,
+    )
+
+
+def _tensor_record(spec: TensorSpec) -> TensorRecord:
+    return TensorRecord(**{**dataclasses.asdict(spec), "dims": None if spec.dims is None else list(spec.dims)})
+
+
+def _write_graph(graph: Graph, folder: Path) -> tuple[Graph, dict[str, FileRecord]]:
+    """Write weights and ``graph.onnx``; return the graph on the written weights, and digests."""
+    files = write_weights(graph, folder)
+    path = folder / GRAPH
+    model = graph.stamp()
+    path.write_bytes(ir.serde.serialize_model(model).SerializeToString())
+    names = [path, *files]
+    digests = {p.name: digest_path(p) for p in names}
+    return graph, digests
+
+
+def _write_samples(folder: Path, steps: Sequence[Mapping[str, Any]]) -> str | None:
+    arrays = {f"{i}/{name}": array for i, step in enumerate(steps) for name, array in step.items()}
+    plain = all(isinstance(a, np.ndarray) and a.dtype.kind in "fiub" for a in arrays.values())
+    if not arrays or not plain or sum(a.nbytes for a in arrays.values()) > SAMPLE_BYTES:
+        return None
+    save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, folder / SAMPLES)
+    return SAMPLES
+
+
+def _user_samples(graph: Graph, inputs: Any) -> dict[str, Any] | None:
+    """The caller's example inputs as arrays by name, if they match the signature one to one."""
+    if inputs is None:
+        return None
+    specs = graph.signature().inputs
+    if isinstance(inputs, Mapping):
+        named = dict(inputs)
+    else:
+        values = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
+        if len(values) != len(specs):
+            return None
+        named = {s.name: v for s, v in zip(specs, values, strict=True)}
+    try:
+        return check_inputs(named, specs)
+    except InputError:
+        return None  # nested or keyword inputs that the frontend flattened; random ones will do
+
+
+def _copy_assets(assets: Mapping[str, Path], folder: Path) -> None:
+    for name, path in assets.items():
+        goal = folder / name
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, goal)
+
+
+def _not_neutral(name: str) -> bool:
+    return name.startswith("builds/") or name in (MANIFEST, MANIFEST_DIGEST)
+
+
+def _require_buildable(target: ResolvedTarget) -> None:
+    """Fail before the long work if the backend is not there."""
+    probe = load_backend(target.backend).probe()
+    if probe.status == "absent":
+        raise TargetError(
+            f"target {target.name!r} cannot be built here: {probe.reason}",
+            f"pip install 'hal-compiler[{target.backend}]', or choose another route",
+        )
+
+
+def _as_list(target: str | Sequence[str]) -> list[str]:
+    names = [target] if isinstance(target, str) else list(target)
+    if not names:
+        raise TargetError("no target is given", "use target='host'")
+    return names
+
+
+# -- output -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _bundle_writer(output: str | Path | None) -> Iterator[tuple[Path, Callable[[Path], Bundle]]]:
+    """Yield a scratch folder and the function that makes it the output; clean up if that is not called.
+
+    Raises:
+        BundleError: the output cannot be written (missing folder, no permission, no space).
+    """
+    if output is None:
+        scratch = tempfile.TemporaryDirectory(prefix="hal-")
+        folder = Path(scratch.name) / "bundle"
+        folder.mkdir()
+        with _readable_os_errors(folder):
+            yield folder, lambda path: Bundle(BundleFiles.open(path), _manifest_of(path), scratch)
+        return
+    goal = Path(output)
+    with _readable_os_errors(goal):
+        if not goal.parent.is_dir():
+            raise BundleError(f"folder {goal.parent} does not exist", f"mkdir -p {goal.parent}")
+        if goal.is_dir() and any(goal.iterdir()) and not (goal / MANIFEST).exists():
+            raise BundleError(f"{goal} is a folder that is not a bundle", "choose another output name")
+        scratch_path = Path(tempfile.mkdtemp(prefix=f".{goal.name}.tmp-", dir=goal.parent))
+        try:
+            folder = scratch_path / "bundle"
+            folder.mkdir()
+            yield folder, lambda path: _publish(path, goal)
+        finally:
+            shutil.rmtree(scratch_path, ignore_errors=True)
+
+
+def _publish(folder: Path, goal: Path) -> Bundle:
+    result = folder
+    if goal.suffix == ".hal":
+        result = folder.parent / "packed.hal"
+        pack(folder, result)
+    old = None
+    if goal.is_dir() or (goal.exists() and result.is_dir()):
+        old = folder.parent / "old"
+        os.rename(goal, old)
+    try:
+        os.rename(result, goal)
+    except OSError:
+        if old is not None:
+            os.rename(old, goal)
+        raise
+    return load(goal)
+
+
+def _manifest_of(folder: Path) -> Manifest:
+    return Manifest.model_validate_json((folder / MANIFEST).read_text())
+
+
+@contextlib.contextmanager
+def _readable_os_errors(where: Path) -> Iterator[None]:
+    reasons = {
+        errno.ENOSPC: "no space left on the device",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.EROFS: "the file system is read-only",
+        errno.EACCES: "permission denied",
+        errno.EPERM: "permission denied",
+    }
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in reasons:
+            raise
+        raise BundleError(
+            f"cannot write {where}: {reasons[error.errno]}", "choose another output, or make room"
+        ) from error

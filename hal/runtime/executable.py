@@ -1,0 +1,52 @@
+"""Segments of a build run one after the other as one executable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hal.ir import State
+from hal.targets.backend import Executable, StateStore
+
+
+class SegmentedExecutable(Executable):
+    """Runs segments in order, handing values on by name and dropping each after its last use."""
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[Executable, Sequence[str], Sequence[str]]],
+        outputs: Sequence[str],
+    ) -> None:
+        self._parts = parts
+        self._outputs = outputs
+        last: dict[str, int] = {}
+        for index, (_, inputs, _) in enumerate(parts):
+            for name in inputs:
+                last[name] = index
+        keep = set(outputs)
+        self._dead = [
+            [name for name, at in last.items() if at == index and name not in keep]
+            for index in range(len(parts))
+        ]
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Run all segments on the graph's inputs, state included."""
+        values = dict(inputs)
+        for (part, names, _), dead in zip(self._parts, self._dead, strict=True):
+            values.update(part.run({name: values[name] for name in names}))
+            for name in dead:
+                values.pop(name, None)
+        return {name: values[name] for name in self._outputs}
+
+    def create_state(self, state: tuple[State, ...]) -> StateStore | None:
+        """In place when a single segment can do it; several segments pass arrays."""
+        return self._parts[0][0].create_state(state) if len(self._parts) == 1 else None
+
+    def step(self, inputs: Mapping[str, Any], store: StateStore) -> dict[str, Any]:
+        """One step of the only segment on its own store."""
+        return self._parts[0][0].step(inputs, store)
+
+    def close(self) -> None:
+        """Close every segment."""
+        for part, _, _ in self._parts:
+            part.close()

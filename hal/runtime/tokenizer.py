@@ -1,0 +1,65 @@
+"""The bundle's own tokenizer, without transformers."""
+
+from __future__ import annotations
+
+import tokenizers
+
+from hal.bundle.files import BundleFiles
+from hal.errors import InputError
+
+TOKENIZER_FILE = "tokenizer/tokenizer.json"
+
+
+class Tokenizer:
+    """Text to token ids and back, from ``tokenizer/tokenizer.json`` of a bundle."""
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        self._inner = inner
+
+    @classmethod
+    def from_bundle(cls, files: BundleFiles) -> Tokenizer:
+        """Read the bundle's tokenizer.
+
+        Raises:
+            InputError: the bundle has none.
+        """
+        if TOKENIZER_FILE not in files:
+            raise InputError(
+                "the bundle has no tokenizer",
+                "pass token ids instead of text, or compile from a directory with a tokenizer.json",
+            )
+        return cls(tokenizers.Tokenizer.from_str(files.read(TOKENIZER_FILE).decode()))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, with the special tokens that the tokenizer adds by itself."""
+        return list(self._inner.encode(text).ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ``ids`` without special tokens."""
+        return str(self._inner.decode(ids, skip_special_tokens=True))
+
+
+class TextStream:
+    """Turns a stream of ids into pieces of text, holding back bytes of unfinished characters."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._settled = 0  # ids before this one are out already and only give context
+        self._sent = ""
+
+    def push(self, token: int) -> str:
+        """Add one id; return the text that is complete now (often empty)."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids[self._settled :])
+        if text.endswith("\ufffd"):
+            return ""
+        piece = text[len(self._sent) :]
+        # Decode from a recent id on, so that a long text is not decoded again for every token.
+        self._settled = len(self._ids) - 1
+        self._sent = self._tokenizer.decode(self._ids[self._settled :])
+        return piece
+
+    def flush(self) -> str:
+        """Text that was held back, incomplete characters as U+FFFD."""
+        return self._tokenizer.decode(self._ids[self._settled :])[len(self._sent) :]

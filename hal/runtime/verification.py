@@ -1,0 +1,255 @@
+"""Is a build right? Its outputs against the reference's, and where they first part if they do not.
+
+The reference is computed from the graph as the frontend made it, before any pass, so a wrong pass, a
+wrong kernel and a wrong conversion all show.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from hal.errors import CheckFailed, HalError
+from hal.ir import Graph
+from hal.ir.evaluate import evaluate
+from hal.runtime.samples import sample_inputs
+from hal.runtime.session import Session, empty_state
+
+logger = logging.getLogger(__name__)
+
+RELATIVE_TOLERANCE = {"float64": 1e-5, "float32": 1e-3, "float16": 2e-2, "bfloat16": 8e-2}
+"""Allowed max error as a share of the largest reference value, by dtype of the output."""
+
+ABSOLUTE_TOLERANCE = {"float64": 1e-7, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+"""Allowed max error near zero, added to the relative part."""
+
+RANDOM_OPS = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+"""Ops whose results differ from run to run by definition."""
+
+Step = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Inputs of one or more calls in a row, and what the reference gives for each."""
+
+    inputs: tuple[Step, ...]
+    outputs: tuple[Step, ...]
+
+
+def reference_for(
+    graph: Graph, samples: Step | None = None, *, seed: int = 0
+) -> Reference | str:
+    """Run the reference on sample inputs: one call, or a prefill and two decode steps with state.
+
+    Returns:
+        The reference, or a sentence saying why there is none (random ops; inputs that cannot be
+        sampled, or on which the reference itself cannot run).
+    """
+    random = sorted({n.op_type for n in graph.nodes()} & RANDOM_OPS)
+    if random:
+        return f"results are random by definition ({', '.join(random)})"
+    specs = graph.signature().inputs
+    try:
+        steps = [samples or sample_inputs(specs, seed=seed, metadata=graph.metadata)]
+        if graph.state and samples is None:
+            steps += [
+                sample_inputs(specs, seed=seed + i, metadata=graph.metadata, extents={"sequence": 1})
+                for i in (1, 2)
+            ]
+        outputs = run_reference(graph, steps)
+    except HalError as error:
+        return error.message
+    return Reference(tuple(steps), tuple(outputs))
+
+
+def run_reference(graph: Graph, steps: Sequence[Step]) -> list[Step]:
+    """Reference outputs (without state) of calls in a row, the state carried between them."""
+    specs = graph.input_specs()
+    first = graph.signature().inputs[0].name if graph.state else ""
+    batch = len(steps[0][first]) if graph.state else 1
+    carried = {s.input: empty_state(s, specs[s.input], batch) for s in graph.state}
+    results = []
+    for step in steps:
+        outputs = evaluate(graph, {**step, **carried})
+        carried = {s.input: outputs.pop(s.output) for s in graph.state}
+        results.append(outputs)
+    return results
+
+
+def verify_session(session: Session, reference: Reference) -> dict[str, Any]:
+    """Compare a session with the reference.
+
+    Returns:
+        JSON-ready figures: ``passed``, per output ``max_error``, ``mean_error`` and ``tolerance``,
+        ``top1_agreement`` where an output is named ``logits``, and the number of calls.
+    """
+    session.reset()
+    figures: dict[str, dict[str, Any]] = {}
+    for inputs, expected in zip(reference.inputs, reference.outputs, strict=True):
+        actual = session.run(inputs)
+        for name, right in expected.items():
+            worst = compare(name, actual[name], right)
+            figures[name] = worst if name not in figures else _worse(figures[name], worst)
+    session.reset()
+    return {
+        "passed": all(f["passed"] for f in figures.values()),
+        "calls": len(reference.inputs),
+        "outputs": figures,
+    }
+
+
+def compare(name: str, actual: Any, expected: Any) -> dict[str, Any]:
+    """Error figures of one output; sequences are compared item by item."""
+    if isinstance(expected, (list, tuple)):
+        if not isinstance(actual, (list, tuple)) or len(actual) != len(expected):
+            return {"passed": False, "max_error": None, "mean_error": None, "reason": "other length"}
+        items = [compare(name, a, e) for a, e in zip(actual, expected, strict=True)]
+        result = {"passed": True, "max_error": 0.0, "mean_error": 0.0, "tolerance": 0.0}
+        for item in items:
+            result = _worse(result, item)
+        return result
+    if expected is None:
+        return {"passed": actual is None, "max_error": 0.0, "mean_error": 0.0, "tolerance": 0.0}
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return {
+            "passed": False,
+            "max_error": None,
+            "mean_error": None,
+            "reason": f"{actual.dtype}{list(actual.shape)}, expected {expected.dtype}{list(expected.shape)}",
+        }
+    kind = np.dtype(expected.dtype)
+    if kind.kind not in "fcV" and kind.name not in RELATIVE_TOLERANCE:
+        wrong = int(np.count_nonzero(actual != expected))
+        return {"passed": wrong == 0, "max_error": float(wrong), "mean_error": 0.0, "tolerance": 0.0}
+    return _compare_floats(name, actual, expected)
+
+
+def _compare_floats(name: str, actual: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
+    dtype = expected.dtype.name
+    wide = np.complex128 if expected.dtype.kind == "c" else np.float64
+    left, right = actual.astype(wide), expected.astype(wide)
+    finite = np.isfinite(left) & np.isfinite(right)
+    same = (left == right) | (np.isnan(left) & np.isnan(right))
+    error = np.abs(np.where(finite, left - right, 0))
+    scale = float(np.abs(right[finite]).max()) if finite.any() else 0.0
+    fallback_r, fallback_a = RELATIVE_TOLERANCE["bfloat16"], ABSOLUTE_TOLERANCE["bfloat16"]
+    tolerance = ABSOLUTE_TOLERANCE.get(dtype, fallback_a) + scale * RELATIVE_TOLERANCE.get(dtype, fallback_r)
+    largest = float(error.max()) if error.size else 0.0
+    result = {
+        "passed": bool((finite | same).all()) and largest <= tolerance,
+        "max_error": largest,
+        "mean_error": float(error.mean()) if error.size else 0.0,
+        "tolerance": tolerance,
+    }
+    if name == "logits" and expected.ndim >= 2 and expected.size:
+        agree = left.real.argmax(-1) == right.real.argmax(-1)
+        result["top1_agreement"] = float(agree.mean())
+    return result
+
+
+def _worse(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    worse = dict(max(a, b, key=lambda f: np.inf if f["max_error"] is None else f["max_error"]))
+    worse["passed"] = a["passed"] and b["passed"]
+    if "top1_agreement" in a and "top1_agreement" in b:
+        worse["top1_agreement"] = min(a["top1_agreement"], b["top1_agreement"])
+    return worse
+
+
+def require(figures: Mapping[str, Any], target: str, diverges: Callable[[], str]) -> None:
+    """Make failed figures an error that names the first tensor that diverges.
+
+    Raises:
+        CheckFailed: the figures did not pass.
+    """
+    if figures["passed"]:
+        return
+    name, worst = next((n, f) for n, f in figures["outputs"].items() if not f["passed"])
+    detail = worst.get("reason") or f"max error {worst['max_error']:.3g} > {worst['tolerance']:.3g}"
+    raise CheckFailed(
+        f"verification failed on {target}: output {name!r}: {detail}; {diverges()}",
+        "the build is wrong on this target; use another route, or compile with verify=False (--no-verify)",
+    )
+
+
+def first_divergence(
+    graph: Graph,
+    step: Step,
+    run_on_target: Callable[[Graph, Step], dict[str, Any]],
+) -> str:
+    """Find by bisection the first value of ``graph`` that a target computes wrongly.
+
+    Args:
+        graph: the neutral graph.
+        step: inputs of one call (for graphs with state: the first call, on empty state).
+        run_on_target: builds a graph for the target and runs it once.
+
+    Returns:
+        A sentence naming the value, its node and op, or saying that nothing was found.
+    """
+    specs = graph.input_specs()
+    batch = len(next(iter(step.values()))) if step else 1
+    inputs = {**step, **{s.input: empty_state(s, specs[s.input], batch) for s in graph.state}}
+    values = [n.outputs[0] for n in graph.graph if n.op_type != "Constant" and n.outputs]
+    low, high = 0, len(values) - 1
+    found: ir.Value | None = None
+    while low <= high:
+        middle = (low + high) // 2
+        if _wrong(graph, values[middle], inputs, run_on_target):
+            found, high = values[middle], middle - 1
+        else:
+            low = middle + 1
+    if found is None:
+        return "no single tensor diverges on the first call"
+    node = found.producer()
+    assert node is not None
+    return f"first diverging tensor is {found.name!r} ({node.op_type}, node {node.name!r})"
+
+
+def _wrong(
+    graph: Graph,
+    value: ir.Value,
+    inputs: Step,
+    run_on_target: Callable[[Graph, Step], dict[str, Any]],
+) -> bool:
+    name = value.name or ""
+    part = truncate(graph, name)
+    needed = {n: inputs[n] for n in part.input_specs()}
+    try:
+        expected = evaluate(part, needed)[name]
+        return not compare(name, run_on_target(part, needed)[name], expected)["passed"]
+    except HalError as error:
+        logger.info("bisection skips %s: %s", name, error)
+        return False
+
+
+def truncate(graph: Graph, output: str) -> Graph:
+    """The part of ``graph`` that computes one value, as a graph without state."""
+    part = Graph(graph.model.clone(), (), dict(graph.metadata))
+    body = part.graph
+    value = next(v for n in body for v in n.outputs if v.name == output)
+    body.outputs.clear()
+    body.outputs.append(value)
+    needed: set[ir.Node] = set()
+    todo = [value.producer()]
+    while todo:
+        node = todo.pop()
+        if node is None or node in needed or node.graph is not body:
+            continue
+        needed.add(node)
+        from hal.ir import used_values
+
+        todo.extend(v.producer() for v in used_values(node))
+    body.remove([n for n in body if n not in needed], safe=True)
+    used = {v for n in body.all_nodes() for v in n.inputs if v is not None} | {value}
+    for item in [v for v in body.inputs if v not in used]:
+        body.inputs.remove(item)
+    for initializer in [n for n, v in body.initializers.items() if v not in used]:
+        del body.initializers[initializer]
+    return part
