@@ -1,0 +1,2 @@
+"""stub"""
+def as_real_pairs(program): return program

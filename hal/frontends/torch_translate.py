@@ -1,0 +1,249 @@
+"""``torch.export.ExportedProgram`` → :class:`hal.ir.Graph`.
+
+Operators are translated by torch's own ONNX exporter with our additions (:mod:`.torch_ops`,
+:mod:`.complex_pairs`); the result is brought to our opset. Weights stay torch's memory: an
+initializer's ``const_value`` reads the parameter's storage when asked for bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from hal.errors import ExportError
+from hal.frontends import complex_pairs, opset, torch_ops
+from hal.ir import Graph
+from hal.ir.ops import ensure_functions
+
+# torch's exporter fuses RMSNormalization and RotaryEmbedding at exactly this version.
+_EXPORTER_OPSET = 23
+_SYMBOL = re.compile(r"\b[su]\d+\b")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence warnings and log lines of torch's exporters; errors come as exceptions anyway."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.export", "onnxscript")]
+    loggers += [
+        logger
+        for name, logger in logging.Logger.manager.loggerDict.items()
+        if isinstance(logger, logging.Logger) and name.startswith(("torch.", "onnxscript."))
+    ]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def graph_from_program(
+    program: torch.export.ExportedProgram,
+    *,
+    name: str = "model",
+    dims: Mapping[str, Mapping[int, str]] | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> Graph:
+    """Translate an exported program.
+
+    Args:
+        program: what ``torch.export.export`` returned; not changed.
+        name: the graph's name.
+        dims: names of dynamic dims by (original) input name and axis; others are named after the
+            input and axis they first appear in, as in ``x_0``.
+        input_names: new names of the tensor inputs, in order.
+        output_names: new names of the tensor outputs, in order.
+
+    Raises:
+        ExportError: an operator of the program has no translation.
+    """
+    with quiet():
+        program = complex_pairs.as_real_pairs(program)
+        model = _translate(program)
+    _drop_constant_inputs(model)
+    _share_tied_weights(model)
+    _name_dims(model, dims or {})
+    _rename(model.graph.inputs, input_names)
+    _separate_outputs(model.graph)
+    _rename(model.graph.outputs, output_names or _output_names(program))
+    _clean_metadata(model)
+    opset.to_current(model)
+    ensure_functions(model)
+    model.graph.name = name
+    return Graph(model, (), {"task": "generic"})
+
+
+def _translate(program: torch.export.ExportedProgram) -> ir.Model:
+    try:
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=_EXPORTER_OPSET,
+            custom_translation_table=torch_ops.translation_table(),
+            verbose=False,
+            optimize=False,  # its fusion to RotaryEmbedding forgets that positions broadcast
+        )
+    except Exception as error:
+        raise ExportError(*_explain(error)) from None
+    assert onnx_program is not None  # None is for TorchScript only
+    model = onnx_program.model
+    onnxscript.optimizer.optimize(model)
+    return model
+
+
+def _explain(error: BaseException) -> tuple[str, str]:
+    """Message and hint for a failed translation: the innermost cause, one line of it."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    missing = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'.*?message: (.*)", str(cause))
+    if missing:
+        return (
+            f"the model uses the torch operator {missing[1]}, which has no translation"
+            f" ({missing[2].strip().rstrip('.')})",
+            "express the operation with other torch operators",
+        )
+    first = str(cause).strip().splitlines()[0][:200] if str(cause).strip() else ""
+    return (
+        f"translating the exported program failed: {type(cause).__name__}: {first}",
+        "export with torch.onnx.export and pass the .onnx file, or simplify the operation",
+    )
+
+
+def _drop_constant_inputs(model: ir.Model) -> None:
+    """Remove initializers that nothing reads (unused parameters)."""
+    outputs = set(model.graph.outputs)
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and value not in outputs:
+            del model.graph.initializers[name]
+
+
+def _share_tied_weights(model: ir.Model) -> None:
+    """Merge initializers that are the same torch memory, such as tied embeddings."""
+    seen: dict[tuple[Any, ...], ir.Value] = {}
+    outputs = set(model.graph.outputs)
+    for name, value in list(model.graph.initializers.items()):
+        raw = getattr(value.const_value, "raw", None)
+        if not isinstance(raw, torch.Tensor) or raw.numel() == 0 or value in outputs:
+            continue
+        key = (raw.data_ptr(), raw.dtype, tuple(raw.shape), raw.stride())
+        first = seen.setdefault(key, value)
+        if first is not value:
+            value.replace_all_uses_with(first)
+            del model.graph.initializers[name]
+
+
+def _name_dims(model: ir.Model, dims: Mapping[str, Mapping[int, str]]) -> None:
+    """Give torch's size symbols (``s0``) the user's names, everywhere in the model."""
+    names: dict[str, str] = {}
+    for ours in (True, False):  # the user's names win over made-up ones
+        for value in model.graph.inputs:
+            wanted = dims.get(value.name or "", {})
+            for axis, dim in enumerate(value.shape or ()):
+                text = str(getattr(dim, "value", dim))
+                if _SYMBOL.fullmatch(text) and (axis in wanted) is ours:
+                    names.setdefault(text, wanted.get(axis, f"{value.name}_{axis}"))
+    for graph in (model.graph, *model.functions.values()):
+        values = [*graph.inputs, *(out for node in graph.all_nodes() for out in node.outputs)]
+        for value in values:
+            if value.shape is not None:
+                value.shape = ir.Shape([_named(d, names) for d in value.shape])
+
+
+def _named(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | ir.SymbolicDim:
+    if isinstance(dim, int) or dim.value is None:
+        return dim
+    text = _SYMBOL.sub(lambda match: names.get(match[0], match[0]), str(dim.value))
+    if re.fullmatch(r"\w+( \+ \w+)+", text):  # a sum of names, in one order everywhere
+        text = " + ".join(sorted(text.split(" + ")))
+    return ir.SymbolicDim(text)
+
+
+def _separate_outputs(graph: ir.Graph) -> None:
+    """Put an Identity before outputs that are inputs, initializers or given twice."""
+    seen: set[ir.Value] = set(graph.inputs) | set(graph.initializers.values())
+    for index, value in enumerate(list(graph.outputs)):
+        if value in seen:
+            node = ir.Node("", "Identity", [value], name=f"node_output_{index}")
+            node.outputs[0].name = f"{value.name}_output_{index}"
+            node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+            graph.append(node)
+            graph.outputs[index] = node.outputs[0]
+        seen.add(value)
+
+
+def _rename(values: Sequence[ir.Value], names: Sequence[str] | None) -> None:
+    if names is None:
+        return
+    if len(names) != len(values):
+        raise ExportError(
+            f"the exported program has {len(values)} tensors where {len(names)} names were given",
+            "constant and None arguments are not graph inputs",
+        )
+    for value, name in zip(values, names, strict=True):
+        value.name = name
+
+
+def _output_names(program: torch.export.ExportedProgram) -> list[str]:
+    """Names of tensor outputs from the structure of what ``forward`` returned.
+
+    A mapping or model output gives its keys, a sequence ``output_0``, …, one tensor ``output``.
+    """
+    spec = program.call_spec.out_spec
+    specs = [
+        s for s in program.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT
+    ]
+    if spec is None:
+        return [f"output_{i}" for i in range(len(specs))]
+    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths, _ = pytree.tree_flatten_with_path(tree)
+    names = []
+    for (path, _), output in zip(paths, specs, strict=True):
+        if isinstance(output.arg, ConstantArgument):
+            continue
+        keys = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
+        text = ".".join(keys)
+        names.append("output" + (f"_{text}" if text else "") if not text or text[0].isdigit() else text)
+    return names
+
+
+def program_input_names(program: torch.export.ExportedProgram) -> list[str]:
+    """Names of the tensor inputs of a program, in the graph's order."""
+    return [
+        spec.arg.name
+        for spec in program.graph_signature.input_specs
+        if spec.kind is InputKind.USER_INPUT and not isinstance(spec.arg, ConstantArgument)
+    ]
+
+
+def _clean_metadata(model: ir.Model) -> None:
+    """Keep of torch's notes only which module a node came from, as ``hal.scope``."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for graph in (model.graph, *model.functions.values()):
+        graph.metadata_props.clear()
+        for value in (*graph.inputs, *getattr(graph, "initializers", {}).values()):
+            value.metadata_props.clear()
+        for node in graph.all_nodes():
+            scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+            found = re.findall(r"'([^']*)'", scopes)
+            node.metadata_props.clear()
+            if len(found) > 1:  # the last one is the node itself
+                node.metadata_props["hal.scope"] = found[-2]
+            for value in node.outputs:
+                value.metadata_props.clear()
