@@ -1,2 +1,5 @@
 """stub"""
-def as_real_pairs(program): return program
+
+
+def as_real_pairs(program):
+    return program

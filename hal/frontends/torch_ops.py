@@ -17,7 +17,6 @@ from hal.ir import HAL_DOMAIN
 from hal.ir.ops import HAL_OPSET
 
 
-
 def _op(name: str, inputs: Sequence[str], attributes: Sequence[str] = ()) -> onnxscript.values.Op:
     """An operator that onnxscript's tracer takes; names without types suffice for it."""
     tensors = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
@@ -88,9 +87,7 @@ def _mixture_of_experts_fake(
 def _onnx_mixture_of_experts(
     x: Any, expert_index: Any, expert_weight: Any, gate_up: Any, down: Any, activation: str
 ) -> Any:
-    return _MIXTURE_OF_EXPERTS(
-        x, expert_index, expert_weight, gate_up, down, activation=activation
-    )
+    return _MIXTURE_OF_EXPERTS(x, expert_index, expert_weight, gate_up, down, activation=activation)
 
 
 def _onnx_grouped_matmul(input: Any, weight: Any, offs: Any) -> Any:

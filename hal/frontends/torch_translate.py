@@ -33,7 +33,9 @@ _SYMBOL = re.compile(r"\b[su]\d+\b")
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence warnings and log lines of torch's exporters; errors come as exceptions anyway."""
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.export", "onnxscript")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.export", "onnxscript")
+    ]
     loggers += [
         logger
         for name, logger in logging.Logger.manager.loggerDict.items()
@@ -111,7 +113,9 @@ def _explain(error: BaseException) -> tuple[str, str]:
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    missing = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'.*?message: (.*)", str(cause))
+    missing = re.search(
+        r"No ONNX function found for <OpOverload\(op='([^']+)'.*?message: (.*)", str(cause)
+    )
     if missing:
         return (
             f"the model uses the torch operator {missing[1]}, which has no translation"
@@ -205,9 +209,7 @@ def _output_names(program: torch.export.ExportedProgram) -> list[str]:
     A mapping or model output gives its keys, a sequence ``output_0``, …, one tensor ``output``.
     """
     spec = program.call_spec.out_spec
-    specs = [
-        s for s in program.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT
-    ]
+    specs = [s for s in program.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
     if spec is None:
         return [f"output_{i}" for i in range(len(specs))]
     tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
@@ -218,7 +220,9 @@ def _output_names(program: torch.export.ExportedProgram) -> list[str]:
             continue
         keys = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
         text = ".".join(keys)
-        names.append("output" + (f"_{text}" if text else "") if not text or text[0].isdigit() else text)
+        names.append(
+            "output" + (f"_{text}" if text else "") if not text or text[0].isdigit() else text
+        )
     return names
 
 

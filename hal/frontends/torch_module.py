@@ -1,0 +1,293 @@
+"""PyTorch modules and exported programs.
+
+>>> graph = from_module(module, (x,), dynamic={"x": {0: "batch"}})
+>>> graph.signature().inputs[0].dims
+('batch', 16)
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from hal.errors import ExportError, InputError, ModelError, did_you_mean
+from hal.frontends import torch_translate
+from hal.ir import Graph
+
+Dynamic = Mapping[str, Any]
+"""``{"input": {axis: "name"}}``; for nested inputs the same shape of nesting, or flat names
+(``pair_0``). Axes of one name have one size at run time."""
+
+
+def from_module(
+    module: torch.nn.Module,
+    inputs: Any,
+    dynamic: Dynamic | None = None,
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> Graph:
+    """Export a module.
+
+    Args:
+        module: exported in eval mode; its weights are shared with the graph, not copied.
+        inputs: example inputs: a tensor, a tuple of positional or a dict of keyword arguments;
+            they may nest. Dynamic axes may have any example size, 1 included.
+        dynamic: names of the axes whose size may change at run time.
+        input_names: names of the graph's inputs, in order; by default ``forward``'s own.
+        output_names: names of the graph's outputs, in order.
+
+    Raises:
+        ExportError: control flow or shapes depend on data, a dynamic axis is fixed by the model,
+            or an operator has no translation.
+        InputError: ``dynamic`` names an input or axis that does not exist.
+    """
+    args, kwargs = _arguments(module, inputs)
+    leaves = _named_leaves(module, args, kwargs)
+    axes = _flat_dynamic(dynamic or {}, leaves)
+    args, kwargs = _enlarged((args, kwargs), leaves, axes)
+    program = _capture(module, args, kwargs, axes)
+    names = torch_translate.program_input_names(program)
+    _check_dynamic(program, module, axes)
+    return torch_translate.graph_from_program(
+        program,
+        name=type(module).__name__,
+        dims={name: axes[name] for name in names if name in axes},
+        input_names=input_names,
+        output_names=output_names,
+    )
+
+
+def from_exported_program(program: torch.export.ExportedProgram) -> Graph:
+    """Translate an exported program; dynamic dims are named after the input and axis (``x_0``).
+
+    Raises:
+        ExportError: an operator has no translation.
+    """
+    return torch_translate.graph_from_program(program)
+
+
+def from_file(path: str | Path) -> Graph:
+    """Read a ``.pt2`` file as ``torch.export.save`` writes it.
+
+    Raises:
+        ModelError: the file is missing, or is not an exported program.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"no such file: {path}", "check the path")
+    hint = "write it with torch.export.save of the same torch version"
+    if not zipfile.is_zipfile(path):
+        raise ModelError(f"{path} is not a .pt2 archive, or is truncated", hint)
+    try:
+        with torch_translate.quiet():
+            program = torch.export.load(path)
+    except Exception as error:
+        raise ModelError(
+            f"{path} holds no readable exported program: {one_line(error)}", hint
+        ) from None
+    return from_exported_program(program)
+
+
+def _arguments(module: torch.nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    if inputs is None:
+        parameters = inspect.signature(module.forward).parameters.values()
+        if any(
+            p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+            for p in parameters
+        ):
+            raise ExportError(
+                f"module {type(module).__name__} needs example inputs",
+                "pass inputs: a tensor, a tuple of positional or a dict of keyword arguments",
+            )
+        return (), {}
+    return (inputs,), {}
+
+
+def _bound(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments by parameter name, those of ``**kwargs`` under their own names."""
+    signature = inspect.signature(module.forward)
+    try:
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise ExportError(
+            f"example inputs do not fit {type(module).__name__}.forward: {error}",
+            f"its signature is forward{signature}",
+        ) from None
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(parameter.name, {}))
+    return arguments
+
+
+def _named_leaves(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Leaves of the arguments by the names that torch.export gives them (``pair_0``)."""
+    leaves: dict[str, Any] = {}
+    for name, value in _bound(module, args, kwargs).items():
+        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+            keys = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
+            leaves["_".join([name, *keys])] = leaf
+    return leaves
+
+
+def _flat_dynamic(dynamic: Dynamic, leaves: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+    """Dynamic axes by leaf name, checked and with non-negative axes."""
+    flat: dict[str, dict[int, str]] = {}
+
+    def visit(name: str, value: Any) -> None:
+        if isinstance(value, Mapping) and all(isinstance(k, int) for k in value):
+            flat[name] = dict(value)
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                visit(f"{name}_{key}", item)
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                visit(f"{name}_{index}", item)
+
+    for name, value in dynamic.items():
+        visit(name, value)
+    for name, axes in flat.items():
+        leaf = leaves.get(name)
+        if not isinstance(leaf, torch.Tensor):
+            tensors = [n for n, v in leaves.items() if isinstance(v, torch.Tensor)]
+            raise InputError(
+                f"dynamic names {name!r}, which is no tensor input", did_you_mean(name, tensors)
+            )
+        for axis in axes:
+            if not -leaf.ndim <= axis < leaf.ndim:
+                raise InputError(
+                    f"dynamic axis {axis} of {name!r} does not exist: it has {leaf.ndim} dims",
+                    f"its example has the shape {tuple(leaf.shape)}",
+                )
+        flat[name] = {axis % leaf.ndim: symbol for axis, symbol in axes.items()}
+    return flat
+
+
+def _enlarged(tree: Any, leaves: Mapping[str, Any], axes: Mapping[str, Mapping[int, str]]) -> Any:
+    """Repeat examples along dynamic axes of size 0 or 1, which torch.export would fix."""
+    small = {
+        symbol
+        for name, dims in axes.items()
+        for axis, symbol in dims.items()
+        if leaves[name].shape[axis] < 2
+    }
+    if not small:
+        return tree
+    replaced: dict[int, torch.Tensor] = {}
+    for name, dims in axes.items():
+        tensor = leaves[name]
+        for axis, symbol in dims.items():
+            if symbol in small:
+                shape = list(tensor.shape)
+                shape[axis] = 2
+                if tensor.shape[axis] == 0:
+                    tensor = tensor.new_zeros(shape)
+                else:
+                    tensor = tensor.narrow(axis, 0, 1).expand(shape).contiguous()
+        replaced[id(leaves[name])] = tensor
+    return pytree.tree_map(lambda leaf: replaced.get(id(leaf), leaf), tree)
+
+
+def _capture(
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    axes: Mapping[str, Mapping[int, str]],
+) -> torch.export.ExportedProgram:
+    auto = torch.export.Dim.AUTO
+
+    def shapes(name: str, value: Any) -> Any:
+        def leaf_shapes(path: Any, leaf: Any) -> Any:
+            keys = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
+            dims = axes.get("_".join([name, *keys]))
+            return {axis: auto for axis in dims} if dims else None
+
+        return pytree.tree_map_with_path(leaf_shapes, value)
+
+    dynamic_shapes = {n: shapes(n, v) for n, v in _bound(module, args, kwargs).items()}
+    training = module.training
+    try:
+        module.eval()
+        with torch.no_grad(), torch_translate.quiet():
+            return torch.export.export(
+                module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
+            )
+    except Exception as error:
+        raise ExportError(*_explain(module, error)) from None
+    finally:
+        module.train(training)
+
+
+def _check_dynamic(
+    program: torch.export.ExportedProgram,
+    module: torch.nn.Module,
+    axes: Mapping[str, Mapping[int, str]],
+) -> None:
+    values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
+    for name, dims in axes.items():
+        for axis, symbol in dims.items():
+            size = values[name].shape[axis] if values.get(name) is not None else None
+            if isinstance(size, int):
+                raise ExportError(
+                    f"axis {axis} ({symbol!r}) of input {name!r} cannot be dynamic: module"
+                    f" {type(module).__name__} fixes it to {size}",
+                    "leave it out of dynamic, or remove what ties the module to that size",
+                )
+
+
+def _explain(module: torch.nn.Module, error: BaseException) -> tuple[str, str]:
+    """Message and hint for a failed capture; never torch's graph dump."""
+    name = type(module).__name__
+    where = _user_frame(error)
+    text = str(error)
+    kind = type(error).__name__
+    if "DataDependent" in kind or "data-dependent" in text:
+        expression = re.search(r"data-dependent expression ([^(\n]+?)(?: \(|\n|$)", text)
+        detail = f" ({expression[1].strip()})" if expression else ""
+        return (
+            f"module {name} cannot be exported: control flow or a shape depends on the values of a"
+            f" tensor{detail}{where}",
+            "replace it with torch.where, torch.cond or masking, so that shapes follow from shapes",
+        )
+    if "Constraints violated" in text or "ConstraintViolation" in kind:
+        return (
+            f"module {name} cannot be exported with these dynamic axes: {one_line(error)}{where}",
+            "make fewer axes dynamic, or give axes that must be equal the same name",
+        )
+    return (
+        f"module {name} cannot be exported: {kind}: {one_line(error)}{where}",
+        "check that the module runs on the example inputs, and torch.export.export on the module",
+    )
+
+
+def one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _user_frame(error: BaseException) -> str:
+    """`` at file.py:12`` for the last frame of the traceback outside torch, or nothing."""
+    found = ""
+    traceback = error.__traceback__
+    torch_root, here = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+    while traceback is not None:
+        file = traceback.tb_frame.f_code.co_filename
+        if not file.startswith((torch_root, here, "<")):
+            found = f" at {Path(file).name}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return found
