@@ -1,0 +1,139 @@
+"""``hal compile`` and ``hal retarget``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hal.cli._options import (
+    BundlePath,
+    Json,
+    Output,
+    Targets,
+    dynamic_of,
+    example_inputs,
+    open_bundle,
+    parse_dynamic,
+    parse_input,
+)
+from hal.cli._output import format_bytes, format_seconds, print_json, print_line, progress
+from hal.cli._report import build_json, print_builds, print_passes
+
+if TYPE_CHECKING:
+    from hal.bundle import Bundle
+
+COMPILE_EXAMPLE = "Example: hal compile ./my-model -o my-model.hal --target host --target host:tvm"
+RETARGET_EXAMPLE = "Example: hal retarget my-model.hal --target x86-64-v3:tvm -o other.hal"
+
+Explain = Annotated[
+    bool,
+    typer.Option("--explain", help="Print the passes: changes, nodes, bytes and time of each."),
+]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Do not run the builds against the reference.")
+]
+NoFallback = Annotated[
+    bool,
+    typer.Option("--no-fallback", help="Fail, with the list, if the target refuses any node."),
+]
+
+
+def compile_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="An .onnx or .pt2 file, a Hugging Face directory, or python:module:callable.",
+        ),
+    ],
+    output: Output,
+    target: Targets = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", "-i", metavar="NAME:DTYPE:DIMS", help="An example input; repeatable."
+        ),
+    ] = None,
+    dynamic: Annotated[
+        list[str] | None,
+        typer.Option("--dynamic", metavar="NAME:AXIS=SYM", help="A free axis; repeatable."),
+    ] = None,
+    explain: Explain = False,
+    no_verify: NoVerify = False,
+    no_fallback: NoFallback = False,
+    json: Json = False,
+) -> None:
+    """Compile a model into a bundle for one or more targets."""
+    specs = [parse_input(text) for text in inputs or []]
+    free = dynamic_of(specs)
+    for name, axes in parse_dynamic(dynamic or []).items():
+        free.setdefault(name, {}).update(axes)
+    import hal
+
+    start = time.perf_counter()
+    with progress(quiet=json) as say:
+        bundle = hal.compile(
+            model,
+            example_inputs(specs) if specs else None,
+            target=target or ["host"],
+            output=output,
+            dynamic=free or None,
+            verify=not no_verify,
+            fallback=not no_fallback,
+            progress=say,
+        )
+    _print_result(bundle, time.perf_counter() - start, explain, json)
+
+
+def retarget_command(
+    bundle: BundlePath,
+    target: Annotated[
+        list[str],
+        typer.Option("--target", "-t", metavar="NAME[:ROUTE]", help="The new target; repeatable."),
+    ],
+    output: Output,
+    no_verify: NoVerify = False,
+    no_fallback: NoFallback = False,
+    json: Json = False,
+) -> None:
+    """Build a bundle for other targets, without the original model and without torch."""
+    source = open_bundle(bundle)
+    start = time.perf_counter()
+    with progress(quiet=json) as say:
+        say(f"building for {', '.join(target)}")
+        result = source.retarget(target, output, verify=not no_verify, fallback=not no_fallback)
+    _print_result(result, time.perf_counter() - start, False, json)
+
+
+def _print_result(bundle: Bundle, seconds: float, explain: bool, as_json: bool) -> None:
+    size = bundle_bytes(bundle.path)
+    manifest = bundle.manifest
+    if as_json:
+        result: dict[str, Any] = {
+            "bundle": str(bundle.path),
+            "name": manifest.name,
+            "task": manifest.task,
+            "bytes": size,
+            "seconds": seconds,
+            "builds": {name: build_json(record) for name, record in manifest.builds.items()},
+            "passes": manifest.passes,
+        }
+        print_json(result)
+        return
+    if explain:
+        print_passes(manifest.passes)
+    print_builds(manifest.builds)
+    print_line(
+        f"wrote {bundle.path} ({format_bytes(size)}) with {len(manifest.builds)} build(s) "
+        f"in {format_seconds(seconds)}"
+    )
+
+
+def bundle_bytes(path: Path) -> int:
+    """Size of a bundle on disk."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

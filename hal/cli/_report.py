@@ -1,0 +1,86 @@
+"""How passes, builds and signatures are shown, by several commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hal.cli._output import format_bytes, format_seconds, print_line, print_table
+
+if TYPE_CHECKING:
+    from hal.bundle.manifest import BuildRecord
+
+
+def print_passes(passes: Sequence[Mapping[str, Any]]) -> None:
+    """The table of ``--explain``."""
+    rows = [
+        (
+            report["name"],
+            report["matches"],
+            f"{report['nodes_before']:,} → {report['nodes_after']:,}",
+            f"{format_bytes(report['bytes_before'])} → {format_bytes(report['bytes_after'])}",
+            format_seconds(report["seconds"]),
+            ", ".join(f"{name} {value}" for name, value in report["details"].items()),
+        )
+        for report in passes
+    ]
+    total = sum(report["seconds"] for report in passes)
+    print_table(
+        f"passes ({len(passes)} run, {format_seconds(total)})",
+        ("pass", "matches", "nodes", "weights", "time", "changed"),
+        rows,
+    )
+
+
+def print_builds(builds: Mapping[str, BuildRecord]) -> None:
+    """Where each build's nodes run, and how far it is from the reference."""
+    for name, record in builds.items():
+        print_line(f"{name}: {record.placement.get('summary', '')}")
+        for refused in record.placement.get("refused", []):
+            print_line(
+                f"  host runtime runs {refused['count']} × {refused['op']}: {refused['reason']}"
+            )
+        print_line(f"  {verification_text(record.verification)}")
+
+
+def build_json(record: BuildRecord) -> dict[str, Any]:
+    """What ``--json`` says of a build."""
+    return {
+        "backend": record.backend,
+        "route": record.route,
+        "placement": record.placement,
+        "toolchain": record.toolchain,
+        "verification": record.verification,
+    }
+
+
+def verification_text(figures: Mapping[str, Any] | None) -> str:
+    """One line about a build's verification."""
+    if not figures or figures.get("passed") is None:
+        reason = (figures or {}).get("reason", "not asked for")
+        return f"not verified: {reason}"
+    parts = [output_text(name, figure) for name, figure in figures["outputs"].items()]
+    verdict = "verified" if figures["passed"] else "OUT OF TOLERANCE"
+    return f"{verdict}: {'; '.join(parts)}"
+
+
+def output_text(name: str, figure: Mapping[str, Any]) -> str:
+    """Error figures of one output."""
+    if figure.get("max_error") is None:
+        return f"{name} {figure.get('reason', 'differs')}"
+    text = f"{name} max error {figure['max_error']:.3g}, mean {figure['mean_error']:.3g}"
+    if "top1_agreement" in figure:
+        text += f", top-1 agreement {100 * figure['top1_agreement']:.1f} %"
+    return text
+
+
+def print_signature(
+    title: str, specs: Iterable[tuple[str, str, Sequence[int | str] | None]]
+) -> None:
+    """Names, dtypes and dims of inputs, outputs or state."""
+    rows = [
+        (name, dtype, "any rank" if dims is None else "[" + ", ".join(map(str, dims)) + "]")
+        for name, dtype, dims in specs
+    ]
+    if rows:
+        print_table(title, ("name", "dtype", "dims"), rows)

@@ -1,0 +1,184 @@
+"""``hal run``: a bundle on arrays from files, on random inputs, or on a prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hal.cli._options import BundlePath, Dims, Json, Seed, Target, Threads, open_bundle, parse_dims
+from hal.cli._output import print_json, print_line, print_table
+from hal.errors import InputError
+
+if TYPE_CHECKING:
+    from hal.runtime.session import Session
+
+EXAMPLE = "Example: hal run my-model.hal --target host:tvm --input x=x.npy -o result.npz"
+
+
+def run_command(
+    bundle: BundlePath,
+    target: Target = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", "-i", metavar="NAME=FILE.npy", help="An input; repeatable."),
+    ] = None,
+    random_inputs: Annotated[
+        bool, typer.Option("--random-inputs", help="Make up the inputs that are not given.")
+    ] = False,
+    seed: Seed = 0,
+    dim: Dims = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="Text to continue (language models).")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Limit for --prompt.")
+    ] = 64,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT.npz", help="Where the outputs are written."),
+    ] = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Run a bundle once; print each output's shape and digest, or the generated text."""
+    if prompt is None and not inputs and not random_inputs:
+        raise InputError(
+            "there is nothing to run on", "give --input name=file.npy, --random-inputs or --prompt"
+        )
+    with open_bundle(bundle).session(target, threads=threads) as session:
+        if prompt is not None:
+            _generate(session, prompt, max_new_tokens, json)
+            return
+        arrays = read_arrays(inputs or [])
+        if random_inputs:
+            arrays = {**_random(session, seed, parse_dims(dim or [])), **arrays}
+        outputs = session.run(arrays)
+        name = session.target
+    if output is not None:
+        write_arrays(output, outputs)
+    _print_outputs(name, outputs, output, json)
+
+
+def _generate(session: Session, prompt: str, limit: int, as_json: bool) -> None:
+    steps = session.generate(prompt, max_new_tokens=limit)
+    pieces = []
+    for piece in steps:
+        pieces.append(piece)
+        if not as_json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    count = len(steps.token_ids)
+    rate = count / steps.seconds if steps.seconds else None
+    if as_json:
+        print_json(
+            {
+                "target": session.target,
+                "prompt": prompt,
+                "text": "".join(pieces),
+                "token_ids": steps.token_ids,
+                "seconds": steps.seconds,
+                "seconds_to_first_token": steps.seconds_to_first_token,
+                "tokens_per_second": rate,
+            }
+        )
+        return
+    print_line()
+    print_line(f"[{count} tokens on {session.target}, {rate or 0:.1f} tokens/s]")
+
+
+def _random(session: Session, seed: int, extents: Mapping[str, int]) -> dict[str, Any]:
+    from hal.runtime.samples import sample_inputs
+
+    metadata = session.bundle.manifest.metadata
+    return sample_inputs(session.inputs, seed=seed, extents=extents, metadata=metadata)
+
+
+def read_arrays(texts: Iterable[str]) -> dict[str, Any]:
+    """Read ``name=file.npy`` options.
+
+    Raises:
+        InputError: the option does not read so, or the file is missing or no ``.npy`` file.
+    """
+    import numpy as np
+
+    arrays: dict[str, Any] = {}
+    for text in texts:
+        name, separator, file = text.partition("=")
+        if not separator or not name or not file:
+            raise InputError(
+                f"--input {text!r} is not name=file.npy", "for example --input x=x.npy"
+            )
+        try:
+            arrays[name] = np.load(file, allow_pickle=False)
+        except FileNotFoundError:
+            raise InputError(f"--input {name}: no such file: {file}", "check the path") from None
+        except (ValueError, EOFError, OSError) as error:
+            raise InputError(
+                f"--input {name}: {file} is no .npy file ({error})", "write it with numpy.save"
+            ) from None
+        if not isinstance(arrays[name], np.ndarray):
+            raise InputError(
+                f"--input {name}: {file} holds several arrays", "use one .npy for each"
+            )
+    return arrays
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write an ``.npz`` under a temporary name and rename it.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    import numpy as np
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            np.savez(stream, **{name: np.asarray(array) for name, array in arrays.items()})
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}", "choose another output"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _print_outputs(
+    target: str, outputs: Mapping[str, Any], written: Path | None, as_json: bool
+) -> None:
+    facts = [_facts(name, value) for name, value in outputs.items()]
+    if as_json:
+        place = None if written is None else str(written)
+        print_json({"target": target, "outputs": facts, "written": place})
+        return
+    print_table(
+        f"outputs on {target}",
+        ("name", "dtype", "shape", "sha256"),
+        [(f["name"], f["dtype"], f["shape"], f["sha256"][:16]) for f in facts],
+    )
+    if written is not None:
+        print_line(f"wrote {written}")
+
+
+def _facts(name: str, value: Any) -> dict[str, Any]:
+    import numpy as np
+
+    if isinstance(value, np.ndarray):
+        plain = value.dtype != object
+        data = np.ascontiguousarray(value).tobytes() if plain else repr(value.tolist()).encode()
+        dtype = str(value.dtype) if plain else "string"
+        return {
+            "name": name,
+            "dtype": dtype,
+            "shape": list(value.shape),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+    text = repr(value)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return {"name": name, "dtype": type(value).__name__, "shape": [], "sha256": digest}

@@ -1,0 +1,180 @@
+"""``hal targets list|show|validate|schema``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hal.cli._options import Json
+from hal.cli._output import format_bytes, print_facts, print_json, print_line, print_table
+
+if TYPE_CHECKING:
+    from hal.descriptor import Descriptor, Quantity
+
+Name = Annotated[
+    str, typer.Argument(metavar="TARGET", help="A name, NAME:ROUTE, or the path of a .toml file.")
+]
+
+
+def create() -> typer.Typer:
+    """The group of commands about targets."""
+    app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    app.callback(epilog="Example: hal targets show host")(_group)
+    app.command("list", epilog="Example: hal targets list --probe")(list_command)
+    app.command("show", epilog="Example: hal targets show x86-64-v4 --json")(show_command)
+    app.command("validate", epilog="Example: hal targets validate my-chip.toml")(validate_command)
+    app.command("schema", epilog="Example: hal targets schema > descriptor.schema.json")(
+        schema_command
+    )
+    return app
+
+
+def _group() -> None:
+    """List, show and check target descriptors."""
+
+
+def list_command(
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Also ask each backend whether it can run here.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """List every target that can be found, and what is wrong with those that cannot be used."""
+    from hal.targets import list_backends, list_targets
+
+    infos = list_targets()
+    backends = list_backends() if probe else []
+    if json:
+        print_json(
+            {
+                "targets": [vars(info) for info in infos],
+                "backends": [vars(backend) for backend in backends],
+            }
+        )
+        return
+    print_table(
+        "",
+        ("target", "kind", "routes", "from", "description"),
+        [
+            (i.name, i.kind, ", ".join(i.routes), i.origin, i.description)
+            for i in infos
+            if not i.problem
+        ],
+    )
+    for info in infos:
+        if info.problem:
+            print_line(f"cannot be used: {info.name} ({info.origin}): {info.problem}")
+    if backends:
+        print_table(
+            "backends",
+            ("backend", "status", "from", "reason"),
+            [(b.name, b.status, b.origin, b.reason) for b in backends],
+        )
+
+
+def show_command(target: Name, json: Json = False) -> None:
+    """Show a target's complete descriptor, every figure with its source."""
+    from hal.targets import resolve
+
+    found = resolve(target)
+    if json:
+        print_json({"target": found.name, "descriptor": found.descriptor.to_dict()})
+        return
+    _print_descriptor(found.descriptor)
+
+
+def validate_command(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Descriptor files (TOML).")
+    ],
+    json: Json = False,
+) -> None:
+    """Check descriptor files against the schema, parents included."""
+    from hal.targets import Registry
+
+    registry = Registry.discover()
+    names = [registry.from_file(file).name for file in files]
+    if json:
+        print_json(
+            {"valid": [{"file": str(f), "name": n} for f, n in zip(files, names, strict=True)]}
+        )
+        return
+    for file, name in zip(files, names, strict=True):
+        print_line(f"{file}: ok, describes {name!r}")
+
+
+def schema_command(
+    json: Annotated[  # noqa: ARG001
+        bool, typer.Option("--json", help="Accepted for uniformity: the output is JSON anyway.")
+    ] = False,
+) -> None:
+    """Print the JSON Schema of descriptors."""
+    from hal.descriptor import json_schema
+
+    print_json(json_schema())
+
+
+def _print_descriptor(described: Descriptor) -> None:
+    print_facts(
+        f"{described.name}: {described.description}",
+        [
+            ("kind", described.kind),
+            ("vendor", described.vendor),
+            ("family", described.family),
+            ("extends", described.extends),
+            ("cores", described.cores),
+            ("clock", described.clock and f"{described.clock.value:g} {described.clock.unit}"),
+            ("vector", _vector_text(described)),
+            ("features", ", ".join(described.features)),
+            ("int64", described.behaviour.int64),
+            ("dynamic shapes", "yes" if described.behaviour.dynamic_shapes else "no"),
+            ("dtypes", ", ".join(f"{k} {v}" for k, v in described.behaviour.dtypes.items())),
+            ("notes", " ".join(described.notes)),
+        ],
+    )
+    _print_figures(described)
+    offered = [(i.does, i.lanes, i.k, " ".join(i.types), i.llvm or "") for i in described.offered()]
+    if offered:
+        print_table("instructions", ("does", "lanes", "k", "types", "llvm"), offered)
+    routes = [
+        (name, route.backend, _route_text(route.model_dump(mode="json")))
+        for name, route in described.routes.items()
+    ]
+    print_table("routes", ("route", "backend", "options"), routes)
+
+
+def _print_figures(described: Descriptor) -> None:
+    rows: list[tuple[str, ...]] = []
+    for level in described.memory:
+        rows.append(_figure_row(f"{level.level} capacity", level.capacity))
+        rows.append(_figure_row(f"{level.level} bandwidth", level.bandwidth))
+    rows += [_figure_row(f"peak {dtype}", figure) for dtype, figure in described.peaks.items()]
+    for table, label in ((described.power, "power"), (described.price, "price")):
+        rows += [_figure_row(f"{label} {name}", figure) for name, figure in table if figure]
+    if rows:
+        print_table("figures", ("what", "value", "basis", "confidence", "source"), rows)
+
+
+def _figure_row(label: str, figure: Quantity | None) -> tuple[str, ...]:
+    if figure is None:
+        return label, "unknown", "", "", ""
+    value = f"{figure.value:g} {figure.unit}"
+    if figure.unit == "B":
+        value = format_bytes(figure.value)
+    others = "".join(f"; {o.value:g} {o.unit}: {o.source}" for o in figure.alternatives)
+    return label, value, figure.basis or "", figure.confidence, figure.source + others
+
+
+def _vector_text(described: Descriptor) -> str:
+    vector = described.vector
+    if not vector.bits:
+        return ""
+    registers = f", {vector.registers} registers" if vector.registers else ""
+    return f"{vector.bits} bits{registers}"
+
+
+def _route_text(options: dict[str, Any]) -> str:
+    shown = {k: v for k, v in options.items() if k != "backend" and v not in (None, {}, [])}
+    return ", ".join(f"{name} = {value}" for name, value in shown.items())
