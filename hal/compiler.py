@@ -1,8 +1,8 @@
 """``hal.compile``: from any model to a bundle, in one direction and with no way back.
 
 frontend → passes → bundle (graph, weights) → one build per target → verification. Everything is
-written under a temporary name next to the output and renamed at the end, so an interrupted or failed
-compile leaves nothing behind.
+written under a temporary name next to the output and renamed at the end, so an interrupted or
+failed compile leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +30,6 @@ from hal.bundle.manifest import (
     GRAPH,
     MANIFEST,
     MANIFEST_DIGEST,
-    BuildRecord,
     FileRecord,
     Manifest,
     TensorRecord,
@@ -50,13 +48,13 @@ from hal.targets import ResolvedTarget, load_backend, resolve
 
 SAMPLES = "samples.safetensors"
 SAMPLE_BYTES = 16 << 20
-"""Example inputs up to this size are kept in the bundle, so that `hal verify` can use them again."""
+"""Example inputs up to this size are kept in the bundle, for `hal verify` to use again."""
 
 Progress = Callable[[str], None]
-"""Called with a sentence whenever the compiler begins something that may take long."""
+"""Called with a sentence when the compiler begins something that may take long."""
 
 
-def compile(  # noqa: A001  (the public name, as in torch.compile)
+def compile(
     model: Any,
     inputs: Any = None,
     *,
@@ -116,7 +114,7 @@ def compile(  # noqa: A001  (the public name, as in torch.compile)
         say("running the passes")
         graph, reports = default_pipeline().run(graph)
         say("writing the weights")
-        manifest = _describe(graph, loaded.source, [r.to_json() for r in reports])
+        manifest = _describe(graph, {"model": loaded.source}, [r.to_json() for r in reports])
         if isinstance(reference, verification.Reference):
             manifest.samples = _write_samples(folder, reference.inputs)
         _copy_assets(loaded.assets, folder)
@@ -177,7 +175,8 @@ def verify(bundle: Bundle, target: str | None = None, *, against: Any = None) ->
         found = find_build(target, names)
         if found is None:
             raise TargetError(
-                f"the bundle has no build for {target!r}", f"it has {', '.join(names) or 'no builds'}"
+                f"the bundle has no build for {target!r}",
+                f"it has {', '.join(names) or 'no builds'}",
             )
         names = [found]
     graph = bundle.graph()
@@ -188,7 +187,9 @@ def verify(bundle: Bundle, target: str | None = None, *, against: Any = None) ->
         _require_same_signature(graph, other)
         reference = verification.reference_for(other)
     if isinstance(reference, str):
-        raise HalError(f"the bundle cannot be verified: {reference}", "verify with the original model")
+        raise HalError(
+            f"the bundle cannot be verified: {reference}", "verify with the original model"
+        )
     results = {}
     for name in names:
         results[name] = _verify_one(bundle, graph, reference, name)
@@ -294,7 +295,9 @@ def _describe(graph: Graph, source: Mapping[str, Any], passes: list[dict[str, An
 
 
 def _tensor_record(spec: TensorSpec) -> TensorRecord:
-    return TensorRecord(**{**dataclasses.asdict(spec), "dims": None if spec.dims is None else list(spec.dims)})
+    return TensorRecord(
+        **{**dataclasses.asdict(spec), "dims": None if spec.dims is None else list(spec.dims)}
+    )
 
 
 def _write_graph(graph: Graph, folder: Path) -> tuple[Graph, dict[str, FileRecord]]:
@@ -368,7 +371,7 @@ def _as_list(target: str | Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _bundle_writer(output: str | Path | None) -> Iterator[tuple[Path, Callable[[Path], Bundle]]]:
-    """Yield a scratch folder and the function that makes it the output; clean up if that is not called.
+    """Yield a scratch folder and the function that makes it the output; clean up otherwise.
 
     Raises:
         BundleError: the output cannot be written (missing folder, no permission, no space).
@@ -385,7 +388,9 @@ def _bundle_writer(output: str | Path | None) -> Iterator[tuple[Path, Callable[[
         if not goal.parent.is_dir():
             raise BundleError(f"folder {goal.parent} does not exist", f"mkdir -p {goal.parent}")
         if goal.is_dir() and any(goal.iterdir()) and not (goal / MANIFEST).exists():
-            raise BundleError(f"{goal} is a folder that is not a bundle", "choose another output name")
+            raise BundleError(
+                f"{goal} is a folder that is not a bundle", "choose another output name"
+            )
         scratch_path = Path(tempfile.mkdtemp(prefix=f".{goal.name}.tmp-", dir=goal.parent))
         try:
             folder = scratch_path / "bundle"
@@ -403,12 +408,12 @@ def _publish(folder: Path, goal: Path) -> Bundle:
     old = None
     if goal.is_dir() or (goal.exists() and result.is_dir()):
         old = folder.parent / "old"
-        os.rename(goal, old)
+        goal.rename(old)
     try:
-        os.rename(result, goal)
+        result.rename(goal)
     except OSError:
         if old is not None:
-            os.rename(old, goal)
+            old.rename(goal)
         raise
     return load(goal)
 

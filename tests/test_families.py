@@ -1,0 +1,108 @@
+"""Every architecture family, from unmodified modelling code to both runtimes, equal to torch eager."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hal
+from tests import models
+
+ROUTES = ["host:onnxruntime", "host:tvm"]
+TOLERANCE = 1e-4
+DECODE_STEPS = 16
+
+
+@pytest.fixture(scope="module", params=models.FAMILIES)
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, torch.nn.Module, hal.Bundle]:
+    """Name, torch module and bundle (both routes, verified) of one family."""
+    name = request.param
+    source = models.save(name, tmp_path_factory.mktemp(name))
+    return name, models.build(name), hal.compile(source, target=ROUTES)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("batch", "length"), [(1, 7), (3, 4)])
+def test_equals_torch_eager(
+    compiled: tuple[str, torch.nn.Module, hal.Bundle], route: str, batch: int, length: int
+) -> None:
+    name, module, bundle = compiled
+    session = bundle.session(route)
+    rng = np.random.default_rng(batch)
+    if name in models.CAUSAL_LMS:
+        _compare_language_model(module, session, rng, batch, length)
+    elif name in models.ENCODERS:
+        _compare_encoder(module, session, rng, batch, length)
+    else:
+        _compare_image_model(module, session, rng, batch)
+
+
+def test_tvm_takes_every_node(compiled: tuple[str, torch.nn.Module, hal.Bundle]) -> None:
+    _, _, bundle = compiled
+    placement = bundle.manifest.builds["host:tvm"].placement
+    assert placement["refused"] == []
+
+
+def _compare_language_model(
+    module: torch.nn.Module, session: hal.Session, rng: np.random.Generator, batch: int, length: int
+) -> None:
+    vocabulary = module.config.vocab_size
+    total = length + DECODE_STEPS
+    ids = rng.integers(0, vocabulary, (batch, total))
+    with torch.no_grad():
+        expected = module(torch.from_numpy(ids[:, :length]), use_cache=True)
+        actual = session.run({"input_ids": ids[:, :length]})["logits"]
+        assert np.abs(actual - expected.logits.numpy()).max() <= TOLERANCE
+        for at in range(length, total):
+            step = ids[:, at : at + 1]
+            expected = module(
+                torch.from_numpy(step), past_key_values=expected.past_key_values, use_cache=True
+            )
+            actual = session.run({"input_ids": step})["logits"]
+            assert np.abs(actual - expected.logits.numpy()).max() <= TOLERANCE
+    assert session.position == total
+
+
+def _compare_encoder(
+    module: torch.nn.Module, session: hal.Session, rng: np.random.Generator, batch: int, length: int
+) -> None:
+    mask = np.ones((batch, length), np.int64)
+    mask[-1, length // 2 :] = 0 if batch > 1 else 1
+    inputs = {
+        "input_ids": rng.integers(0, module.config.vocab_size, (batch, length)),
+        "attention_mask": mask,
+        "token_type_ids": np.zeros((batch, length), np.int64),
+    }
+    inputs = {s.name: inputs[s.name] for s in session.inputs}
+    with torch.no_grad():
+        expected = module(**{k: torch.from_numpy(v) for k, v in inputs.items()})
+    actual = session.run(inputs)
+    for name, value in actual.items():
+        assert np.abs(value - expected[name].numpy()).max() <= TOLERANCE
+
+
+def _compare_image_model(
+    module: torch.nn.Module, session: hal.Session, rng: np.random.Generator, batch: int
+) -> None:
+    dims = session.inputs[0].dims
+    assert dims is not None
+    image = rng.standard_normal((batch, *dims[1:])).astype(np.float32)
+    with torch.no_grad():
+        expected = module(torch.from_numpy(image)).logits.numpy()
+    assert np.abs(session(image) - expected).max() <= TOLERANCE
+
+
+def test_node_count_does_not_grow_with_experts(tmp_path: Path) -> None:
+    counts = {}
+    for experts in (8, 64):
+        source = models.save("deepseek_v3", tmp_path / str(experts), n_routed_experts=experts)
+        graph = hal.compile(source, verify=False, target="host:onnxruntime").graph()
+        kinds = [n.op_type for n in graph.nodes() if n.domain == "hal"]
+        assert kinds == ["MixtureOfExperts"]  # one MoE layer of two (the first is dense)
+        counts[experts] = graph.node_count()
+    assert counts[8] == counts[64]
