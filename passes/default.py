@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from hal.descriptor import Descriptor
+from hal.passes.attention import FuseAttention
 from hal.passes.base import Pipeline
 from hal.passes.cse import CommonSubexpressions
 from hal.passes.dce import DeadCode
 from hal.passes.fold import Fold
+from hal.passes.gated_mlp import FuseGatedMlp
+from hal.passes.gelu import FuseGelu
 from hal.passes.identity import RemoveIdentities
+from hal.passes.layer_norm import FuseLayerNorm
+from hal.passes.rms_norm import FuseRmsNorm
+from hal.passes.rotary import FuseRotary
 from hal.passes.shapes import InferShapes
 
 
@@ -25,4 +31,19 @@ def default_pipeline(descriptor: Descriptor | None = None) -> Pipeline:
 
     ``descriptor`` is accepted so that a caller can pass what it has; no neutral pass reads it.
     """
-    return Pipeline("default", (clean_up(),))
+    return Pipeline("default", (clean_up(), fusions(), clean_up()))
+
+
+def fusions() -> Pipeline:
+    """Fuse decomposed forms to ONNX's high-level ops."""
+    return Pipeline(
+        "fuse",
+        (
+            FuseRmsNorm(),
+            FuseLayerNorm(),
+            FuseGelu(),
+            FuseRotary(),
+            FuseAttention(),
+            FuseGatedMlp(),
+        ),
+    )
