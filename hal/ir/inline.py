@@ -64,9 +64,7 @@ def may_have_body(model: ir.Model, node: ir.Node) -> bool:
     if node.op_identifier() in model.functions:
         return True
     schema = schema_of(model, node)
-    return schema is not None and bool(
-        schema.has_function or schema.has_context_dependent_function
-    )
+    return schema is not None and bool(schema.has_function or schema.has_context_dependent_function)
 
 
 def function_body(model: ir.Model, node: ir.Node) -> ir.Function | None:
@@ -105,7 +103,7 @@ def function_body(model: ir.Model, node: ir.Node) -> ir.Function | None:
 
 def schema_of(model: ir.Model, node: ir.Node) -> onnx.defs.OpSchema | None:
     """The ONNX schema of ``node`` in the operator sets that the model imports, if there is one."""
-    version = node.version or model.opset_imports.get(node.domain)
+    version = model.opset_imports.get(node.domain)
     if version is None:
         return None
     try:
@@ -139,7 +137,9 @@ def _type_bytes(value: ir.Value | None) -> bytes | None:
     return proto.SerializeToString()
 
 
-def _at_model_opset(model: ir.Model, node: ir.Node, proto: onnx.FunctionProto) -> ir.Function | None:
+def _at_model_opset(
+    model: ir.Model, node: ir.Node, proto: onnx.FunctionProto
+) -> ir.Function | None:
     """Restate a schema's function in the model's operator sets, or None if that changes it."""
     function = ir.from_proto(proto)
     for domain, version in list(function.opset_imports.items()):

@@ -1,0 +1,178 @@
+"""The backend of ONNX Runtime: always there, runs on every machine, last resort of all others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from hal.descriptor import Descriptor, OnnxRuntimeRoute
+from hal.errors import TargetError, UnsupportedError
+from hal.ir import Graph
+from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
+from hal.targets.onnxruntime.kernels import kernel_table
+from hal.targets.onnxruntime.legalize import assess, legalize, uncovered
+from hal.targets.onnxruntime.session import OnnxRuntimeExecutable, open_session
+from hal.targets.onnxruntime.weights import externalize, relocate
+
+_MODEL = "model.onnx"
+_IR_VERSION = 13
+_PREPACK_LIMIT = 64 << 20
+
+
+class OnnxRuntimeBackend(Backend):
+    """Kernels where the runtime has them, function bodies where it has not."""
+
+    name: ClassVar[str] = "onnxruntime"
+
+    def probe(self) -> Probe:
+        """Present wherever the core is installed; lists the providers of the installed build."""
+        providers = ", ".join(ort.get_available_providers())
+        versions = {"onnxruntime": ort.__version__, "onnx": onnx.__version__}
+        return Probe("present", f"providers: {providers}", versions)
+
+    def legalize(self, graph: Graph, descriptor: Descriptor) -> Graph:
+        """Choose the operator-set version, cast around missing dtypes, inline missing ops."""
+        return legalize(graph)
+
+    def supports(self, node: ir.Node, descriptor: Descriptor) -> Verdict:
+        """Claim what has a kernel, or a body all of whose nodes have one."""
+        for inner in _with_subgraphs(node):
+            reason = _refusal(inner)
+            if reason:
+                return Verdict.no(reason)
+        return Verdict.yes()
+
+    def build(self, graph: Graph, context: BuildContext) -> dict[str, Any]:
+        """Write ``model.onnx``; weights stay in the bundle, repacked ones go next to the model.
+
+        Raises:
+            UnsupportedError: a node has neither kernel nor body.
+        """
+        legal = legalize(graph)
+        missing = list(uncovered(legal.model))
+        if missing:
+            node, reason = missing[0]
+            raise UnsupportedError(
+                f"{len(missing)} nodes have no kernel in onnxruntime, first {node.op_type} "
+                f"(node {node.name!r}): {reason}",
+                "choose another target, or replace the op in the model",
+            )
+        prepack = _prepacks(legal)
+        repacked = externalize(legal.model, context.folder, context.bundle)
+        legal.model.ir_version = _IR_VERSION
+        (context.folder / _MODEL).write_bytes(ir.to_proto(legal.model).SerializeToString())
+        return {
+            "model": _MODEL,
+            "opset": legal.model.opset_imports[""],
+            "nodes": legal.node_count(),
+            "repacked_bytes": repacked,
+            "prepack": prepack,
+            "state": [state.to_json() for state in legal.state],
+        }
+
+    def load(self, record: Mapping[str, Any], context: LoadContext) -> Executable:
+        """Make a session whose weights are mapped from the bundle.
+
+        Raises:
+            TargetError: a provider that the route names is missing or cannot start, or the
+                runtime refuses the model.
+        """
+        data = context.files.mapped(f"{context.folder}/{record['model']}")
+        proto = onnx.ModelProto.FromString(bytes(data))
+        folder = relocate(proto, context.files)
+        session = open_session(
+            proto.SerializeToString(),
+            _route(context.descriptor),
+            weights=folder,
+            threads=context.threads,
+            prepack=bool(record.get("prepack", True)),
+        )
+        return OnnxRuntimeExecutable(session)
+
+
+def _route(descriptor: Descriptor) -> OnnxRuntimeRoute:
+    """The descriptor's own route; a chip without one gets plain CPU, where fallbacks run."""
+    for route in descriptor.routes.values():
+        if isinstance(route, OnnxRuntimeRoute):
+            return route
+    return OnnxRuntimeRoute(providers=("CPUExecutionProvider",))
+
+
+def _with_subgraphs(node: ir.Node) -> Iterator[ir.Node]:
+    yield node
+    for attribute in node.attributes.values():
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield from attribute.as_graph().all_nodes()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            for graph in attribute.as_graphs():
+                yield from graph.all_nodes()
+
+
+def _refusal(node: ir.Node) -> str:
+    """Why a node cannot run, or nothing."""
+    opsets = _opsets(node)
+    version = opsets.get("", 28)
+    shell = ir.Model(ir.Graph((), (), nodes=(), opset_imports=opsets), ir_version=_IR_VERSION)
+    found = assess(shell, node, version, version, kernel_table())
+    if found.match is not None and not found.match.casts:
+        return ""
+    if not found.inline and found.match is None:
+        return found.reason
+    alone = legalize(_alone(node, opsets))
+    return next((reason for _, reason in uncovered(alone.model)), "")
+
+
+def _opsets(node: ir.Node) -> dict[str, int]:
+    graph = node.graph
+    while isinstance(graph, ir.Graph) and not graph.opset_imports and graph.parent_node is not None:
+        graph = graph.parent_node.graph
+    opsets = dict(graph.opset_imports) if isinstance(graph, ir.Graph) else {}
+    return opsets or {"": 28}
+
+
+def _alone(node: ir.Node, opsets: dict[str, int]) -> Graph:
+    """A graph of a copy of ``node`` and nothing else; inputs have its types."""
+    inputs = {
+        v.name: ir.Value(name=v.name, type=v.type, shape=v.shape)
+        for v in node.inputs
+        if v is not None
+    }
+    copy = ir.Node(
+        node.domain,
+        node.op_type,
+        [None if v is None else inputs[v.name] for v in node.inputs],
+        list(node.attributes.values()),
+        num_outputs=len(node.outputs),
+        name=node.name,
+    )
+    for mine, other in zip(copy.outputs, node.outputs, strict=True):
+        mine.name, mine.type, mine.shape = other.name, other.type, other.shape
+    body = ir.Graph(list(inputs.values()), copy.outputs, nodes=[copy], opset_imports=opsets)
+    return Graph(ir.Model(body, ir_version=_IR_VERSION))
+
+
+def _prepacks(graph: Graph) -> bool:
+    """Whether the runtime should repack weights into its own copies when it loads the model.
+
+    Repacking costs seconds and a private copy of every matrix for each process, and makes products
+    with few rows (4 to 64) up to twice as fast; with one row (decoding) and with hundreds it makes no
+    difference. So small models are repacked, large float models stay mapped from the bundle, and
+    integer weights are always repacked because their kernels need it.
+    """
+    large = 0
+    for node in graph.graph.all_nodes():
+        if node.op_type in ("MatMulNBits", "MatMulInteger", "QLinearMatMul", "DequantizeLinear"):
+            return True
+        if node.op_type in ("MatMul", "Gemm"):
+            large += sum(
+                v.const_value.nbytes
+                for v in node.inputs
+                if v is not None and v.const_value is not None
+            )
+    return large <= _PREPACK_LIMIT

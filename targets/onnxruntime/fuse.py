@@ -1,0 +1,42 @@
+"""Ops of ONNX Runtime's own domain that pay: ``Swish`` and ``SwiGLU`` to ``QuickGelu``.
+
+The runtime fuses most things itself; these rewrites cover what it does not see.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+CONTRIB = "com.microsoft"
+
+
+def fuse(model: ir.Model) -> ir.Model:
+    """Rewrite ``model`` in place and return it. Values keep their names."""
+    changed = False
+    for node in list(model.graph.all_nodes()):
+        if node.domain == "" and node.op_type in ("Swish", "SwiGLU"):
+            changed |= _swish(node)
+    if changed:
+        model.opset_imports.setdefault(CONTRIB, 1)
+    return model
+
+
+def _swish(node: ir.Node) -> bool:
+    """``Swish(x) = x * sigmoid(alpha * x)`` is ``QuickGelu``; ``SwiGLU(a, b)`` is that times ``b``."""
+    first = node.inputs[0]
+    if first is None or first.dtype is not ir.DataType.FLOAT or node.graph is None:
+        return False
+    alpha = ir.AttrFloat32("alpha", node.attributes.get_float("alpha", 1.0))
+    result = node.outputs[0]
+    gate = ir.Node(CONTRIB, "QuickGelu", [first], [alpha], name=f"{result.name}/QuickGelu")
+    gate.outputs[0].type, gate.outputs[0].shape = first.type, first.shape
+    if node.op_type == "Swish":
+        new, last = [gate], gate
+    else:
+        gate.outputs[0].name = f"{result.name}/gate"
+        last = ir.Node("", "Mul", [gate.outputs[0], node.inputs[1]], name=f"{result.name}/Mul")
+        new = [gate, last]
+    ir.convenience.replace_nodes_and_values(
+        node.graph, node, [node], new, [result], [last.outputs[0]]
+    )
+    return True

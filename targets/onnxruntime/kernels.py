@@ -1,0 +1,254 @@
+"""Which ops the installed ONNX Runtime has kernels for: op, operator-set version and dtypes.
+
+The table is read from the runtime itself, so it is right for whatever version is installed::
+
+    table = kernel_table()
+    table.match(node, version=27)     # Match(kernel=..., casts={}) or a Miss with the reason
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
+
+import onnx
+import onnx_ir as ir
+from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+_OPEN_END = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One registered kernel: the schema versions it serves and the dtypes each parameter may have."""
+
+    first: int
+    last: int
+    types: Mapping[str, frozenset[str]]
+
+    def serves(self, since_version: int) -> bool:
+        """The runtime's rule: an open-ended kernel serves only the schema it was written for."""
+        if self.first == since_version:
+            return True
+        return self.first < since_version <= self.last < _OPEN_END
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """A kernel fits once the type parameters in ``casts`` are cast to the dtypes given there."""
+
+    casts: Mapping[str, ir.DataType]
+
+
+@dataclasses.dataclass(frozen=True)
+class Miss:
+    """No kernel fits; ``reason`` says what there is instead."""
+
+    reason: str
+
+
+class KernelTable:
+    """All kernels of the CPU provider, which every session has as its last resort."""
+
+    def __init__(self) -> None:
+        self._kernels: dict[tuple[str, str], list[Kernel]] = collections.defaultdict(list)
+        for item in native.get_all_opkernel_def():
+            if item.provider == "CPUExecutionProvider":
+                types = {name: frozenset(values) for name, values in item.type_constraints.items()}
+                self._kernels[_domain(item.domain), item.op_name].append(
+                    Kernel(*item.version_range, types)
+                )
+
+    def has(self, domain: str, op_type: str) -> bool:
+        """Whether there is a kernel for any version and dtype of the op."""
+        return (_domain(domain), op_type) in self._kernels
+
+    def match(self, node: ir.Node, version: int) -> Match | Miss:
+        """Find a kernel for ``node`` when the model is stamped with ``version`` of its domain.
+
+        Values whose dtype is unknown fit anything.
+        """
+        if node.op_type == "Constant" and not node.domain:
+            return _constant(node)
+        name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        kernels = self._kernels.get((_domain(node.domain), node.op_type), [])
+        if not kernels:
+            return Miss(f"onnxruntime {_runtime_version()} has no kernel for {name}")
+        if node.domain not in ("", "ai.onnx", "ai.onnx.ml"):
+            return Match({})  # the runtime checks types of its own ops when the session is made
+        try:
+            schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+        except onnx.defs.SchemaError:
+            return Miss(f"{name} does not exist in opset {version}")
+        serving = [k for k in kernels if k.serves(schema.since_version)]
+        if not serving:
+            known = ", ".join(sorted({_range(k) for k in kernels}))
+            return Miss(f"onnxruntime has {name} for opset {known}, not {schema.since_version}")
+        types = parameter_types(node, schema)
+        fits = [casts for k in serving if (casts := _casts(node, k, types)) is not None]
+        if fits:
+            return Match(min(fits, key=len))
+        return Miss(f"onnxruntime's {name}({schema.since_version}) does not take {_dtypes(types)}")
+
+
+@functools.cache
+def kernel_table() -> KernelTable:
+    """The table of the installed runtime (read once)."""
+    return KernelTable()
+
+
+def parameter_types(node: ir.Node, schema: onnx.defs.OpSchema) -> dict[str, set[str]]:
+    """What the type parameters (``T``) and formal names (``X``) of a schema stand for in ``node``.
+
+    Values are ONNX type strings such as ``tensor(float)``; values of unknown type are left out.
+    """
+    result: dict[str, set[str]] = collections.defaultdict(set)
+    for values, formals in ((node.inputs, schema.inputs), (node.outputs, schema.outputs)):
+        if not formals:
+            continue
+        for index, value in enumerate(values):
+            text = type_string(value)
+            if text is not None:
+                formal = formals[min(index, len(formals) - 1)]
+                result[formal.type_str].add(text)
+                result[formal.name].add(text)
+    return dict(result)
+
+
+def type_string(value: ir.Value | None) -> str | None:
+    """ONNX's spelling of a value's type (``seq(tensor(float))``), or None when unknown."""
+    if value is None or value.type is None:
+        return None
+    return _type_string(value.type)
+
+
+def _type_string(kind: ir.TypeProtocol) -> str | None:
+    if isinstance(kind, ir.SequenceType):
+        return f"seq({_type_string(kind.elem_type)})"
+    if isinstance(kind, ir.OptionalType):
+        return f"optional({_type_string(kind.elem_type)})"
+    if kind.dtype is ir.DataType.UNDEFINED:
+        return None
+    shell = "sparse_tensor" if isinstance(kind, ir.SparseTensorType) else "tensor"
+    return f"{shell}({kind.dtype.name.lower()})"
+
+
+def tensor_string(dtype: ir.DataType) -> str:
+    """``tensor(float)`` for FLOAT."""
+    return f"tensor({dtype.name.lower()})"
+
+
+def _casts(
+    node: ir.Node, kernel: Kernel, types: Mapping[str, set[str]]
+) -> dict[str, ir.DataType] | None:
+    """Casts that make ``kernel`` fit, or None when no exact ones exist."""
+    casts: dict[str, ir.DataType] = {}
+    for name, allowed in kernel.types.items():
+        wrong = types.get(name, set()) - allowed
+        if not wrong:
+            continue
+        if len(wrong) > 1 or node.op_type in _DTYPE_IS_MEANING:
+            return None
+        wider = (w for w in _wider(next(iter(wrong)), node.op_type) if tensor_string(w) in allowed)
+        choice = next(wider, None)
+        if choice is None:
+            return None
+        casts[name] = choice
+    return casts
+
+
+_D = ir.DataType
+
+# Computing in the wider dtype and rounding once is what these dtypes' own arithmetic means;
+# integers wrap around the same way when the result is cut back.
+_WIDER: dict[_D, tuple[_D, ...]] = {
+    _D.FLOAT16: (_D.FLOAT,),
+    _D.BFLOAT16: (_D.FLOAT,),
+    _D.INT8: (_D.INT16, _D.INT32, _D.INT64),
+    _D.UINT8: (_D.INT16, _D.INT32, _D.INT64),
+    _D.INT16: (_D.INT32, _D.INT64),
+    _D.UINT16: (_D.INT32, _D.UINT32, _D.INT64),
+    _D.INT32: (_D.INT64,),
+    _D.UINT32: (_D.INT64, _D.UINT64),
+}
+
+# Ops that only move elements may carry them in any dtype that holds each value exactly.
+_CARRIER: dict[_D, tuple[_D, ...]] = {
+    _D.BOOL: (_D.UINT8, _D.INT32, _D.INT64, _D.FLOAT),
+    _D.INT8: (_D.FLOAT,),
+    _D.UINT8: (_D.FLOAT,),
+    _D.INT16: (_D.FLOAT,),
+    _D.UINT16: (_D.FLOAT,),
+    _D.INT32: (_D.DOUBLE,),
+    _D.UINT32: (_D.DOUBLE,),
+    _D.FLOAT8E4M3FN: (_D.FLOAT,),
+    _D.FLOAT8E4M3FNUZ: (_D.FLOAT,),
+    _D.FLOAT8E5M2: (_D.FLOAT,),
+    _D.FLOAT8E5M2FNUZ: (_D.FLOAT,),
+    _D.FLOAT8E8M0: (_D.FLOAT,),
+    _D.INT4: (_D.INT8, _D.INT32),
+    _D.UINT4: (_D.UINT8, _D.INT32),
+    _D.INT2: (_D.INT8, _D.INT32),
+    _D.UINT2: (_D.UINT8, _D.INT32),
+}
+
+_MOVES = frozenset(
+    """
+    Compress Concat DepthToSpace Expand Flatten Gather GatherElements GatherND Identity OneHot Pad
+    Reshape ReverseSequence Slice SpaceToDepth Split Squeeze TensorScatter Tile Transpose Trilu
+    Unsqueeze Where NonZero Unique Equal
+    """.split()
+)
+
+# The dtype is what these ops are about: a cast around them would change the result.
+_DTYPE_IS_MEANING = frozenset(
+    """
+    Bernoulli BitCast Cast CastLike ConstantOfShape DequantizeLinear DynamicQuantizeLinear EyeLike
+    Multinomial QuantizeLinear QLinearConv QLinearMatMul RandomNormal RandomNormalLike
+    RandomUniform RandomUniformLike If Loop Scan
+    """.split()
+)
+
+
+def _wider(text: str, op_type: str) -> Iterable[ir.DataType]:
+    if not text.startswith("tensor("):
+        return ()
+    dtype = ir.DataType[text[7:-1].upper()]
+    wider = _WIDER.get(dtype, ())
+    return (*wider, *_CARRIER.get(dtype, ())) if op_type in _MOVES else wider
+
+
+def _constant(node: ir.Node) -> Match | Miss:
+    value = node.outputs[0]
+    dtype = value.dtype
+    attribute = node.attributes.get("value")
+    if attribute is not None and not attribute.is_ref():
+        dtype = attribute.as_tensor().dtype
+    if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
+        return Miss(f"onnxruntime has no tensors of {dtype.name.lower()}")
+    return Match({})
+
+
+def _domain(domain: str) -> str:
+    return "" if domain == "ai.onnx" else domain
+
+
+def _range(kernel: Kernel) -> str:
+    same = kernel.last in (kernel.first, _OPEN_END)
+    return str(kernel.first) if same else f"{kernel.first}–{kernel.last}"
+
+
+def _dtypes(types: Mapping[str, set[str]]) -> str:
+    names = dict.fromkeys(
+        t.removeprefix("tensor(").removesuffix(")") for v in types.values() for t in sorted(v)
+    )
+    return ", ".join(names) or "these types"
+
+
+@functools.cache
+def _runtime_version() -> str:
+    import onnxruntime
+
+    return str(onnxruntime.__version__)

@@ -1,0 +1,263 @@
+"""Loaded models: sessions of the runtime, arrays in and out without copies, carried state."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from hal.descriptor import OnnxRuntimeRoute
+from hal.errors import HalError, InputError, TargetError
+from hal.ir import State
+from hal.ir.ortvalue import as_numpy, from_ort, to_ort
+from hal.targets.backend import Executable, StateStore
+
+CPU = "CPUExecutionProvider"
+
+_FOLD_LIMIT = 4 << 20
+"""Constants larger than this are not folded: a folded weight is a private copy of a mapped one."""
+
+
+def open_session(
+    model: bytes,
+    route: OnnxRuntimeRoute,
+    *,
+    weights: Path,
+    threads: int | None,
+    prepack: bool,
+) -> ort.InferenceSession:
+    """Make a session on exactly the providers that ``route`` names.
+
+    The runtime by itself carries on with the CPU when a provider is missing or fails to start; here
+    that is an error.
+
+    Raises:
+        TargetError: a provider is missing or cannot start, or the model is refused.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    if threads:
+        options.intra_op_num_threads = threads
+    entries: dict[str, str] = {
+        "session.model_external_initializers_file_folder_path": str(weights),
+        "optimization.constant_folding_max_output_size_in_bytes": str(_FOLD_LIMIT),
+    }
+    if not prepack:
+        entries["session.disable_prepacking"] = "1"
+    if CPU not in route.providers:
+        entries["session.disable_cpu_ep_fallback"] = "1"
+    entries.update({key: _entry(value) for key, value in route.session_options.items()})
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    _require_providers(route)
+    providers = [(name, _options_of(route, name)) for name in route.providers]
+    try:
+        session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+    except Exception as error:
+        raise TargetError(
+            f"onnxruntime cannot load the model: {_sentence(error)}", _package_hint(route)
+        ) from error
+    absent = [name for name in route.providers if name not in session.get_providers()]
+    if absent:
+        raise TargetError(f"provider {absent[0]} did not start", _package_hint(route))
+    session.disable_fallback()
+    return session
+
+
+def _require_providers(route: OnnxRuntimeRoute) -> None:
+    if route.library:
+        try:
+            module = importlib.import_module(route.library)
+            ort.register_execution_provider_library(route.providers[0], module.get_library_path())
+        except Exception as error:
+            raise TargetError(
+                f"provider library {route.library!r} cannot be registered: {_sentence(error)}",
+                _package_hint(route),
+            ) from error
+    known = set(ort.get_available_providers())
+    known |= {device.ep_name for device in ort.get_ep_devices()}
+    for name in route.providers:
+        if name not in known:
+            raise TargetError(
+                f"onnxruntime {ort.__version__} here has no {name}", _package_hint(route)
+            )
+
+
+def _package_hint(route: OnnxRuntimeRoute) -> str:
+    if route.package:
+        return f"pip install {route.package}"
+    return "`hal targets list` shows what can run here"
+
+
+def _options_of(route: OnnxRuntimeRoute, name: str) -> dict[str, str]:
+    return {key: _entry(value) for key, value in route.provider_options.get(name, {}).items()}
+
+
+def _entry(value: Any) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+class OnnxRuntimeExecutable(Executable):
+    """One session. Outputs are views of the runtime's memory."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session: ort.InferenceSession | None = session
+        self._inputs = {value.name: value for value in session.get_inputs()}
+        self._outputs = [value.name for value in session.get_outputs()]
+        self._plain = all(
+            _is_plain(v.type) for v in [*session.get_inputs(), *session.get_outputs()]
+        )
+
+    @property
+    def session(self) -> ort.InferenceSession:
+        """The runtime's session.
+
+        Raises:
+            TargetError: the executable was closed.
+        """
+        if self._session is None:
+            raise TargetError("the session is closed", "open a new one: bundle.session()")
+        return self._session
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Run once; tensors may be numpy or DLPack, sequences are lists.
+
+        Raises:
+            InputError: the runtime refuses an input.
+            TargetError: a kernel failed.
+        """
+        given = {name: inputs[name] for name in self._inputs if name in inputs}
+        if self._plain:
+            values = {name: self._wrap(name, value) for name, value in given.items()}
+            return {name: from_ort(value) for name, value in self._run(values).items()}
+        feeds = {name: _plain_feed(value) for name, value in given.items()}
+        try:
+            results = self.session.run(self._outputs, feeds)
+        except Exception as error:
+            raise _translated(error) from error
+        return dict(zip(self._outputs, results, strict=True))
+
+    def create_state(self, state: tuple[State, ...]) -> StateStore | None:
+        """Carried tensors as values of the runtime, handed from one call to the next."""
+        return OrtState(state, self._inputs) if self._plain and state else None
+
+    def step(self, inputs: Mapping[str, Any], store: StateStore) -> dict[str, Any]:
+        """Run once; the state in ``store`` goes in and what comes out replaces it, uncopied."""
+        assert isinstance(store, OrtState)
+        values = {name: self._wrap(name, inputs[name]) for name in self._inputs if name in inputs}
+        values.update(store.feeds(values))
+        results = self._run(values)
+        store.take(results)
+        return {name: from_ort(value) for name, value in results.items()}
+
+    def close(self) -> None:
+        """Release the session and its memory."""
+        self._session = None
+
+    def _run(self, values: dict[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
+        try:
+            results = self.session.run_with_ort_values(self._outputs, values)
+        except HalError:
+            raise
+        except Exception as error:
+            raise _translated(error) from error
+        return dict(zip(self._outputs, results, strict=True))
+
+    def _wrap(self, name: str, value: Any) -> ort.OrtValue:
+        try:
+            return to_ort(value)
+        except TypeError as error:
+            raise InputError(f"input {name!r}: {error}", "pass a numpy array") from error
+
+
+class OrtState(StateStore):
+    """Carried tensors that grow by being replaced: one call's outputs are the next one's inputs."""
+
+    def __init__(self, state: tuple[State, ...], inputs: Mapping[str, Any]) -> None:
+        self._state = {item.name: item for item in state}
+        self._declared = {item.name: inputs[item.input] for item in state}
+        self._values: dict[str, ort.OrtValue] = {}
+        self._inputs = inputs
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._values.clear()
+
+    def feeds(self, given: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
+        """State inputs of the next call; before the first they are empty, shaped by ``given``."""
+        for name, item in self._state.items():
+            if name not in self._values:
+                self._values[name] = self._empty(item, self._extents(given))
+        return {item.input: self._values[name] for name, item in self._state.items()}
+
+    def take(self, results: dict[str, ort.OrtValue]) -> None:
+        """Move the state outputs out of ``results``."""
+        for name, item in self._state.items():
+            self._values[name] = results.pop(item.output)
+
+    def export_array(self, name: str) -> np.ndarray:
+        """The state in neutral layout (a copy).
+
+        Raises:
+            InputError: there is no such state, or nothing was run yet.
+        """
+        if name not in self._values:
+            raise InputError(f"state {name!r} is empty or unknown", "run the session first")
+        return np.array(from_ort(self._values[name]))
+
+    def import_array(self, name: str, array: np.ndarray) -> None:
+        """Replace the state ``name``; the array is copied."""
+        if name not in self._state:
+            raise InputError(f"there is no state {name!r}", "known: " + ", ".join(self._state))
+        self._values[name] = to_ort(np.array(array))
+
+    def _extents(self, given: Mapping[str, ort.OrtValue]) -> dict[str, int]:
+        extents: dict[str, int] = {}
+        for name, value in given.items():
+            for dim, extent in zip(self._inputs[name].shape, value.shape(), strict=False):
+                if isinstance(dim, str):
+                    extents[dim] = extent
+        return extents
+
+    def _empty(self, item: State, extents: Mapping[str, int]) -> ort.OrtValue:
+        declared = self._declared[item.name]
+        shape = [
+            0 if axis == item.growth_axis else dim if isinstance(dim, int) else extents.get(dim, 1)
+            for axis, dim in enumerate(declared.shape)
+        ]
+        dtype = declared.type[len("tensor(") : -1]
+        return to_ort(np.zeros(shape, _NUMPY.get(dtype, dtype)))
+
+
+_NUMPY = {"float": "float32", "double": "float64"}
+
+
+def _is_plain(kind: str) -> bool:
+    return kind.startswith("tensor(") and "string" not in kind
+
+
+def _plain_feed(value: Any) -> Any:
+    if value is None or isinstance(value, dict):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain_feed(item) for item in value]
+    return as_numpy(value)
+
+
+def _translated(error: Exception) -> HalError:
+    """One sentence from the runtime's exception; wrong arguments are the caller's mistake."""
+    if type(error).__name__ in ("InvalidArgument", "ValueError", "TypeError"):
+        return InputError(f"onnxruntime refuses the input: {_sentence(error)}", "check the shapes")
+    return TargetError(
+        f"onnxruntime failed: {_sentence(error)}", "verify the bundle: hal verify BUNDLE"
+    )
+
+
+def _sentence(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return text.rsplit("[ONNXRuntimeError] : ", 1)[-1].split(" : ", 2)[-1].rstrip(".")
