@@ -43,7 +43,7 @@ def problem(extra: dict[str, Any]) -> tuple[str, str]:
         ),
         (
             {"routes": {"tvm": {"target": {}}}},
-            "chip.toml: routes.tvm.target: must have a string \"kind\", "
+            'chip.toml: routes.tvm.target: must have a string "kind", '
             'for example { kind = "llvm" }',
         ),
         ({"routes": {"own": {}}}, "chip.toml: missing field 'routes.own.backend'"),
@@ -84,7 +84,7 @@ def test_an_unknown_field_is_refused_with_a_suggestion(
 
 
 def test_a_missing_field_is_named() -> None:
-    with pytest.raises(DescriptorError, match="chip.toml: missing field 'kind'"):
+    with pytest.raises(DescriptorError, match=r"chip\.toml: missing field 'kind'"):
         d.parse({"schema": 1, "name": "chip"}, "chip.toml")
 
 
@@ -151,7 +151,7 @@ def test_a_file_that_is_no_toml_is_named(
     file = tmp_path / "chip.toml"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(DescriptorError, match=f"chip.toml: {reason}"):
+    with pytest.raises(DescriptorError, match=rf"chip\.toml: {reason}"):
         d.read_toml(file)
 
 
