@@ -49,7 +49,7 @@ class FuseAttention(Pass):
     def run(self, graph: Graph) -> Outcome:
         """Fuse, then simplify what goes into each ``Attention``."""
         counts = apply_rules(graph, FUSIONS)
-        for name, count in apply_rules(graph, RULES, rounds=3).items():
+        for name, count in apply_rules(graph, RULES, rounds=6).items():
             counts[name] = counts.get(name, 0) + count
         return Outcome(sum(counts.values()), counts)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from hal.descriptor import Descriptor
 from hal.passes.attention import FuseAttention
 from hal.passes.base import Pipeline
+from hal.passes.causal_mask import CausalMask
+from hal.passes.conv import FoldConv
 from hal.passes.cse import CommonSubexpressions
 from hal.passes.dce import DeadCode
 from hal.passes.fold import Fold
@@ -12,6 +14,7 @@ from hal.passes.gated_mlp import FuseGatedMlp
 from hal.passes.gelu import FuseGelu
 from hal.passes.identity import RemoveIdentities
 from hal.passes.layer_norm import FuseLayerNorm
+from hal.passes.matmul_bias import CanonicalMatMul
 from hal.passes.rms_norm import FuseRmsNorm
 from hal.passes.rotary import FuseRotary
 from hal.passes.shapes import InferShapes
@@ -39,11 +42,15 @@ def fusions() -> Pipeline:
     return Pipeline(
         "fuse",
         (
+            CanonicalMatMul(),
+            FoldConv(),
             FuseRmsNorm(),
             FuseLayerNorm(),
             FuseGelu(),
             FuseRotary(),
             FuseAttention(),
+            InferShapes(),
+            CausalMask(),
             FuseGatedMlp(),
         ),
     )

@@ -1,0 +1,372 @@
+"""Recognise causal and sliding-window masks by computing them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import sympy
+from onnx.reference import ReferenceEvaluator
+
+from hal.ir import IR_VERSION, OPSET, Graph
+from hal.passes._edit import (
+    Editor,
+    attribute,
+    is_constant,
+    producer,
+    rank,
+    remove_unused,
+    scalar,
+)
+from hal.passes._symbolic import Shapes, analyse
+from hal.passes.attention import MASKED
+from hal.passes.base import Outcome, Pass
+
+WINDOW_KEY = "hal.window"
+"""Metadata of an ``Attention`` node whose mask lets position ``p`` see ``p - window + 1 … p``."""
+
+CAUSAL_KEY = "hal.causal"
+"""Metadata of an ``Attention`` node whose mask is the causal one, aligned to the last key."""
+
+FAR = 40_000
+"""Keys to look back when telling a window from a causal mask; wider windows stay plain masks."""
+
+SQUARE = 5_000
+"""The same for a mask without a past, which has to be computed as a square."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalMask(Pass):
+    """Find out what a mask is by evaluating it, not by how it is computed.
+
+    A mask that depends on nothing but shapes is computed for several lengths of batch, sequence and
+    past. If it is exactly "key <= past + query" it is dropped for ``is_causal``; if it is a causal
+    window it becomes a shared boolean mask and the node says so in its metadata; if it masks
+    nothing it is dropped. Preserves results up to rounding. ``is_causal`` counts the past by the
+    op's ``past_key``, so without it a mask over more keys than queries stays (marked in the
+    metadata).
+    """
+
+    name: ClassVar[str] = "causal_mask"
+
+    def run(self, graph: Graph) -> Outcome:
+        """Classify the mask of every ``Attention`` and act on it."""
+        shapes = analyse(graph)
+        edit = Editor(graph)
+        counts: dict[str, int] = {}
+        known: dict[tuple[Any, ...], _Kind | None] = {}
+        for node in list(graph.nodes()):
+            if node.op_type != "Attention" or node.domain or len(node.inputs) < 4:
+                continue
+            edit.at(node)
+            done = _apply(edit, node, shapes, known)
+            if done is not None:
+                counts[done] = counts.get(done, 0) + 1
+        remove_unused(graph)
+        return Outcome(sum(counts.values()), counts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """``causal`` up to the query's own position; ``window`` keys at most, 0 for no limit."""
+
+    causal: bool
+    window: int = 0
+
+
+def _apply(
+    edit: Editor, node: ir.Node, shapes: Shapes, known: dict[tuple[Any, ...], _Kind | None]
+) -> str | None:
+    mask = node.inputs[3]
+    lengths = _lengths(node, shapes)
+    if mask is None or lengths is None or attribute(node, "is_causal", 0):
+        return None
+    if WINDOW_KEY in node.metadata_props or CAUSAL_KEY in node.metadata_props:
+        return None
+    query, past, aligned = lengths
+    key = (id(mask), query, past)
+    if key not in known:
+        known[key] = _classify(mask, query, past, shapes, _past_symbols(edit.graph, shapes))
+    kind = known[key]
+    if kind is None:
+        return None
+    if not kind.causal:
+        node.replace_input_with(3, None)
+        return "nothing masked"
+    if kind.window:
+        node.metadata_props[WINDOW_KEY] = str(kind.window)
+        _as_boolean(node, mask)
+        return f"window {kind.window}"
+    if not aligned:
+        node.metadata_props[CAUSAL_KEY] = "1"
+        _as_boolean(node, mask)
+        return "causal, kept"
+    node.replace_input_with(3, None)
+    node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
+    return "causal"
+
+
+def _as_boolean(node: ir.Node, mask: ir.Value) -> None:
+    """Use the condition of ``where(condition, 0, -inf)``; no row of these masks is empty."""
+    where = producer(mask, "Where")
+    if where is None or where.inputs[0] is None or scalar(where.inputs[1]) != 0.0:
+        return
+    fill = scalar(where.inputs[2])
+    if fill is None or fill > MASKED or where.inputs[0].shape is None or mask.shape is None:
+        return
+    condition = where.inputs[0]
+    expand = producer(condition, "Expand")
+    if expand is not None and expand.inputs[0] is not None:
+        condition = expand.inputs[0]
+    if condition.shape is None or list(condition.shape[-2:]) != list(mask.shape[-2:]):
+        return
+    node.replace_input_with(3, condition)
+
+
+def _lengths(node: ir.Node, shapes: Shapes) -> tuple[Any, Any, bool] | None:
+    """Query length, past length, and whether ``is_causal`` would count the same past."""
+    q, k = node.inputs[0], node.inputs[1]
+    past = node.inputs[4] if len(node.inputs) > 4 else None
+    if q is None or k is None or rank(q) != 4 or len(node.inputs) > 6:
+        return None
+    q_shape, k_shape = shapes.shape.get(q), shapes.shape.get(k)
+    if q_shape is None or k_shape is None:
+        return None
+    if past is None:
+        length = sympy.expand(k_shape[2] - q_shape[2])
+        return q_shape[2], length, length == 0
+    past_shape = shapes.shape.get(past)
+    if past_shape is None or q_shape[2] != k_shape[2]:
+        return None
+    return q_shape[2], past_shape[2], True
+
+
+def _past_symbols(graph: Graph, shapes: Shapes) -> frozenset[Any]:
+    """Names of past lengths. They are one length: a mask that fits one layer must fit them all."""
+    found: set[Any] = set()
+    for node in graph.nodes():
+        if node.op_type == "Attention" and not node.domain:
+            for past in node.inputs[4:6]:
+                if past is not None and past in shapes.shape:
+                    found |= shapes.shape[past][2].free_symbols
+    return frozenset(found)
+
+
+# --- evaluation --------------------------------------------------------------------------------
+
+
+def _classify(
+    mask: ir.Value, query: Any, past: Any, shapes: Shapes, pasts: frozenset[Any]
+) -> _Kind | None:
+    program = _program(mask, shapes)
+    if program is None or query.atoms(sympy.Dummy) or past.atoms(sympy.Dummy):
+        return None
+    kinds: set[_Kind | None] = set()
+    symbols = program.symbols | query.free_symbols | past.free_symbols
+    for lengths in _bindings(program, past):
+        values = _bind(symbols, query, pasts | past.free_symbols, lengths)
+        length, offset = int(query.subs(values)), int(past.subs(values))
+        if offset < 0:
+            continue
+        allowed = _allowed(program, values)
+        if allowed is None:
+            return None
+        if not _is_telling(allowed, length, offset):
+            continue
+        kinds.add(_kind_of(allowed, length, offset))
+    return _agree(kinds)
+
+
+def _is_telling(allowed: np.ndarray, query: int, past: int) -> bool:
+    """False where a causal mask and no mask are the same: one query that sees all keys."""
+    return query > 1 or not bool(allowed.all())
+
+
+def _agree(kinds: set[_Kind | None]) -> _Kind | None:
+    """A window shows only where enough keys precede: it wins over ``causal`` seen on short ones."""
+    if None in kinds or not kinds:
+        return None
+    causal = {k.causal for k in kinds if k is not None}
+    windows = {k.window for k in kinds if k is not None and k.window}
+    if len(causal) != 1 or len(windows) > 1:
+        return None
+    return _Kind(causal.pop(), windows.pop() if windows else 0)
+
+
+def _kind_of(allowed: np.ndarray, query: int, past: int) -> _Kind | None:
+    """Compare a mask ``[…, query, past + query]`` with the masks we know."""
+    total = past + query
+    try:
+        rows = np.broadcast_to(allowed, (*allowed.shape[:-2], query, total))
+    except ValueError:
+        return None
+    rows = rows.reshape(-1, query, total)
+    if rows.all():
+        return _Kind(False)
+    position = past + np.arange(query)[:, None]
+    keys = np.arange(total)[None, :]
+    causal = keys <= position
+    if (rows == causal).all():
+        return _Kind(True)
+    window = int(rows[0, -1].sum())
+    if window and (rows == (causal & (keys > position - window))).all():
+        return _Kind(True, window)
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """The computation of a mask from extents: an evaluator, and the extents it reads.
+
+    ``limit`` is the longest table it indexes, ``widest`` the largest constant it compares with.
+    """
+
+    run: ReferenceEvaluator
+    extents: Mapping[str, np.ndarray]
+    symbols: frozenset[Any]
+    limit: int
+    widest: int
+
+
+def _program(mask: ir.Value, shapes: Shapes) -> _Program | None:
+    """Cut out what computes ``mask``; None if it reads data, or constants that we cannot judge."""
+    nodes, extents, constants = list[ir.Node](), dict[str, np.ndarray](), dict[str, ir.Value]()
+    if not _collect(mask, shapes, nodes, extents, constants, set()):
+        return None
+    limit, widest = 2 * FAR, 0
+    for value in constants.values():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes > 2**26:
+            return None
+        if tensor.size > 64:
+            limit = min(limit, max(tensor.shape))
+        else:
+            widest = max(widest, _widest(tensor.numpy()))
+    proto = _proto(nodes, extents, constants, mask)
+    symbols = frozenset(
+        s for e in extents.values() for item in e.reshape(-1) for s in item.free_symbols
+    )
+    if any(isinstance(s, sympy.Dummy) for s in symbols):
+        return None
+    return _Program(ReferenceEvaluator(proto), extents, symbols, limit, widest)
+
+
+def _widest(numbers: np.ndarray) -> int:
+    """The largest constant that could be a window; the ends of the integer range are not."""
+    if numbers.dtype.kind not in "iuf":
+        return 0
+    candidates = np.abs(numbers[(numbers > -(2**31)) & (numbers < 2**31 - 1)].astype(np.float64))
+    if numbers.dtype.kind == "f":
+        candidates = candidates[candidates < -MASKED]
+    return int(candidates.max()) if candidates.size else 0
+
+
+def _collect(
+    value: ir.Value,
+    shapes: Shapes,
+    nodes: list[ir.Node],
+    extents: dict[str, np.ndarray],
+    constants: dict[str, ir.Value],
+    seen: set[ir.Value],
+) -> bool:
+    if value in seen:
+        return True
+    seen.add(value)
+    if is_constant(value):
+        constants[value.name or ""] = value
+        return True
+    node = value.producer()
+    if node is None or node.domain not in ("", "ai.onnx"):
+        return False
+    if value in shapes.elements and value.dtype == ir.DataType.INT64:
+        extents[value.name or ""] = shapes.elements[value]
+        return True
+    if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+           for a in node.attributes.values()):  # fmt: skip
+        return False
+    for source in node.inputs:
+        if source is not None and not _collect(source, shapes, nodes, extents, constants, seen):
+            return False
+    nodes.append(node)
+    return True
+
+
+def _proto(
+    nodes: Sequence[ir.Node],
+    extents: Mapping[str, np.ndarray],
+    constants: Mapping[str, ir.Value],
+    mask: ir.Value,
+) -> onnx.ModelProto:
+    unique = list(dict.fromkeys(nodes))
+    infos = [
+        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.INT64, list(e.shape))
+        for n, e in extents.items()
+    ]
+    weights = []
+    for name, value in constants.items():
+        assert value.const_value is not None
+        proto = ir.serde.serialize_tensor(value.const_value)
+        proto.name = name
+        weights.append(proto)
+    made = onnx.helper.make_empty_tensor_value_info(mask.name or "")
+    body = onnx.helper.make_graph(
+        [ir.serde.serialize_node(n) for n in unique], "mask", infos, [made], weights
+    )
+    opsets = [onnx.helper.make_opsetid("", OPSET)]
+    return onnx.helper.make_model(body, opset_imports=opsets, ir_version=IR_VERSION)
+
+
+LENGTHS = ((1, 1, 0), (1, 5, 0), (2, 3, 4), (1, 1, 7), (3, 6, 33), (1, 90, 0), (1, 17, 300))
+"""Batch, sequence and past at which masks are computed; the farthest is added to these."""
+
+
+def _bindings(program: _Program, past: Any) -> list[tuple[int, int, int]]:
+    """Lengths to try: within the tables the mask reads, and far enough to see any window.
+
+    Empty when a window could be wider than what can be computed.
+    """
+    beyond = program.widest + 50
+    if past.free_symbols:
+        far, reach = (1, 2, min(FAR, program.limit - 2)), FAR
+    else:
+        far, reach = (1, min(max(beyond, 300), program.limit), 0), SQUARE
+    if program.widest and min(beyond, program.limit) > reach:
+        return []
+    return [b for b in [*LENGTHS, far] if b[1] + b[2] <= program.limit]
+
+
+def _bind(
+    symbols: Iterable[Any], query: Any, pasts: frozenset[Any], lengths: tuple[int, int, int]
+) -> dict[Any, int]:
+    """Numbers for all symbols: the query's, those of any past, and all others as the batch."""
+    batch, sequence, before = lengths
+    values = dict.fromkeys(symbols, batch)
+    values.update(dict.fromkeys(pasts, before))
+    values.update(dict.fromkeys(query.free_symbols, sequence))
+    return values
+
+
+def _allowed(program: _Program, values: Mapping[Any, int]) -> np.ndarray | None:
+    """The mask as booleans, or None if it is neither a boolean nor a 0 / -inf mask."""
+    feeds = {
+        name: np.array([int(e.subs(values)) for e in items.reshape(-1)], dtype=np.int64).reshape(
+            items.shape
+        )
+        for name, items in program.extents.items()
+    }
+    try:
+        (mask,) = program.run.run(None, feeds)
+    except Exception:  # a table that is too short for these lengths, an op the reference lacks
+        return None
+    mask = np.asarray(mask)
+    if mask.ndim < 2:
+        mask = np.broadcast_to(mask, (1, *mask.shape)) if mask.ndim else mask.reshape(1, 1)
+    if mask.dtype == np.bool_:
+        return mask
+    if not ((mask == 0) | (mask <= MASKED)).all():
+        return None
+    return mask == 0
