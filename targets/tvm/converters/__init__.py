@@ -1,0 +1,31 @@
+"""The converter table: one function for each ONNX op, by family."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from hal.targets.tvm.converters import cast, elementwise, reduce, shape
+from hal.targets.tvm.dims import Refused
+from hal.targets.tvm.lowering import Converter
+
+_FAMILIES = (elementwise, cast, shape, reduce)
+
+CONVERTERS: dict[tuple[str, str], Converter] = {
+    ("", name): function
+    for family in _FAMILIES
+    for name, function in family.CONVERTERS.items()
+}
+"""Converters by domain and op type."""
+
+
+def find(node: ir.Node) -> Converter:
+    """The converter of ``node``.
+
+    Raises:
+        Refused: there is none.
+    """
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    converter = CONVERTERS.get((domain, node.op_type))
+    if converter is None:
+        raise Refused(f"no converter for {domain + '::' if domain else ''}{node.op_type}")
+    return converter

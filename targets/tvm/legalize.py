@@ -1,0 +1,31 @@
+"""Rewrites a graph into ops that have converters: refused nodes with a function body get inlined."""
+
+from __future__ import annotations
+
+from hal.ir import Graph
+from hal.ir.inline import infer_types, inline_functions, may_have_body
+from hal.targets.tvm.lower import check
+from hal.targets.tvm.lowering import Shaping
+
+_MARK = "hal.tvm.inline"
+_MAX_ROUNDS = 8
+
+
+def legalize(graph: Graph, shaping: Shaping) -> Graph:
+    """A copy of ``graph`` in which refused nodes are replaced by their bodies where they have one."""
+    graph = graph.clone()
+    infer_types(graph.model)
+    for _ in range(_MAX_ROUNDS):
+        refused = [n for n in check(graph, shaping) if may_have_body(graph.model, n)]
+        refused = [n for n in refused if _MARK not in n.metadata_props]
+        if not refused:
+            break
+        for node in refused:
+            node.metadata_props[_MARK] = "yes"
+        model = inline_functions(graph.model, lambda n: n.metadata_props.get(_MARK) == "yes")
+        for node in model.graph.all_nodes():
+            if node.metadata_props.get(_MARK) == "yes":
+                node.metadata_props[_MARK] = "no body"
+        graph = Graph(model, graph.state, graph.metadata)
+        infer_types(graph.model)
+    return graph

@@ -1,0 +1,182 @@
+"""The whole graph: :func:`lower` makes a Relax module of it, :func:`check` says what it would refuse.
+
+    lowered = lower(graph, Shaping(lanes=16, cores=8))
+    lowered.module["main"]          # main(inputs..., weights...) -> tuple of outputs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import onnx_ir as ir
+import tvm
+from tvm import relax
+
+from hal.errors import UnsupportedError
+from hal.ir import Graph, dtype_name
+from hal.targets.tvm.converters import find
+from hal.targets.tvm.dims import Dim, Refused, Symbols
+from hal.targets.tvm.dtypes import STORED_AS
+from hal.targets.tvm.lowering import EMBED_BYTES, Lowering, Operand, Shaping
+
+
+@dataclasses.dataclass(frozen=True)
+class Port:
+    """An input or output of the program: its name and ONNX dtype."""
+
+    name: str
+    dtype: ir.DataType
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A Relax module whose ``main`` takes ``inputs`` then ``weights`` and returns ``outputs``."""
+
+    module: tvm.IRModule
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    weights: tuple[ir.Value, ...]
+
+
+def lower(graph: Graph, shaping: Shaping) -> Lowered:
+    """Lower a legalized graph.
+
+    Raises:
+        UnsupportedError: a node cannot be lowered; the text lists nodes and reasons.
+    """
+    walk = _Walk(graph, shaping)
+    refused = walk.run()
+    if refused:
+        lines = [f"{node.op_type} {node.name or ''}: {why}" for node, why in refused.items()]
+        raise UnsupportedError(
+            f"{len(refused)} nodes of {graph.name!r} cannot be lowered: " + "; ".join(lines[:10]),
+            "let another backend run them, or allow fallback to the host",
+        )
+    return walk.finish()
+
+
+def check(graph: Graph, shaping: Shaping) -> dict[ir.Node, str]:
+    """Nodes that :func:`lower` would refuse, and why; a dry run, nothing is compiled."""
+    return _Walk(graph, shaping).run()
+
+
+class _Walk:
+    """One pass over the nodes inside the scope of a Relax function."""
+
+    def __init__(self, graph: Graph, shaping: Shaping) -> None:
+        self._graph = graph.graph
+        self._symbols = Symbols()
+        self._builder = relax.BlockBuilder()
+        self._context = Lowering(self._builder, shaping, self._symbols)
+        self._inputs: list[ir.Value] = []
+        self._weights = [v for v in self._graph.initializers.values() if is_weight(v)]
+        self._lowered: Lowered | None = None
+
+    def run(self) -> dict[ir.Node, str]:
+        refused: dict[ir.Node, str] = {}
+        variables = []
+        for value in self._graph.inputs:
+            if value.name in self._graph.initializers:
+                continue
+            try:
+                operand = self._placeholder(value)
+            except Refused as reason:
+                refused.update({node: str(reason) for node in value.consumers()})
+                continue
+            self._inputs.append(value)
+            variables.append(operand.expr)
+        for value in self._weights:
+            variables.append(self._placeholder(value).expr)
+        with self._builder.function("main", variables):
+            with self._builder.dataflow():
+                refused.update(self._nodes(self._graph))
+                outputs = self._outputs(refused)
+                bound = self._builder.emit_output(relax.Tuple(outputs))
+            self._builder.emit_func_output(bound)
+        return refused
+
+    def finish(self) -> Lowered:
+        """The finished module, after :meth:`run` refused nothing."""
+        return Lowered(
+            self._builder.get(),
+            tuple(Port(v.name or "", _dtype(v)) for v in self._inputs),
+            tuple(
+                Port(v.name or "", self._context.operand(v).dtype) for v in self._graph.outputs
+            ),
+            tuple(self._weights),
+        )
+
+    def _placeholder(self, value: ir.Value) -> Operand:
+        """A parameter of the Relax function for ``value``."""
+        dtype = _dtype(value)
+        if value.shape is None:
+            raise Refused(f"the rank of {value.name!r} is unknown")
+        shape = tuple(self._dim(d) for d in value.shape)
+        var = relax.Var(value.name or "value", relax.TensorType(list(shape), STORED_AS[dtype]))
+        self._context.operands[value] = Operand(dtype, shape, var)
+        return self._context.operands[value]
+
+    def _dim(self, dim: int | ir.SymbolicDim) -> Dim:
+        return dim if isinstance(dim, int) else self._symbols.parse(dim.value)
+
+    def _nodes(self, nodes: Iterable[ir.Node]) -> dict[ir.Node, str]:
+        refused: dict[ir.Node, str] = {}
+        for node in nodes:
+            try:
+                self._context.lower_node(node, find(node))
+            except Refused as reason:
+                refused[node] = str(reason)
+                self._assume_outputs(node)
+        return refused
+
+    def _assume_outputs(self, node: ir.Node) -> None:
+        """Go on with unknown tensors of the declared shapes, to judge the nodes that follow."""
+        for value in node.outputs:
+            if value in self._context.operands:
+                continue
+            try:
+                dtype, shape = _dtype(value), value.shape
+            except Refused:
+                continue
+            if shape is None:
+                continue
+            dims = [self._dim(d) for d in shape]
+            self._context.operands[value] = self._context.emit(
+                relax.op.zeros(relax.ShapeExpr(dims), STORED_AS[dtype]), dtype
+            )
+
+    def _outputs(self, refused: dict[ir.Node, str]) -> list[relax.Expr]:
+        outputs = []
+        for value in self._graph.outputs:
+            try:
+                outputs.append(self._context.expr(self._context.operand(value)))
+            except Refused as reason:
+                producer = value.producer()
+                if producer is not None:
+                    refused.setdefault(producer, str(reason))
+        return outputs
+
+
+def is_weight(value: ir.Value) -> bool:
+    """Whether an initializer is passed as a parameter (a small one is part of the program)."""
+    tensor = value.const_value
+    if tensor is None or not (value.uses() or value.is_graph_output()):
+        return False
+    return tensor.nbytes > EMBED_BYTES and tensor.dtype in STORED_AS
+
+
+def unsupported_values(node: ir.Node) -> Iterator[str]:
+    """Names of inputs that are no tensors of numbers."""
+    for value in node.inputs:
+        if value is not None and value.dtype is not None and value.dtype not in STORED_AS:
+            yield f"{value.name} is {dtype_name(value.dtype)}"
+
+
+def _dtype(value: ir.Value) -> ir.DataType:
+    if not isinstance(value.type, (ir.TensorType, type(None))):
+        raise Refused(f"{value.name!r} is no tensor")
+    if value.dtype is None or value.dtype not in STORED_AS:
+        name = "unknown" if value.dtype is None else value.dtype.name
+        raise Refused(f"dtype {name} of {value.name!r} is not supported")
+    return value.dtype
