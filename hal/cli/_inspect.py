@@ -77,7 +77,7 @@ def _model_facts(model: str) -> tuple[dict[str, Any], dict[str, BuildRecord]]:
 
     loaded = frontends.load(model)
     facts = _graph_facts(loaded.graph)
-    return facts | {"source": dict(loaded.source)}, {}
+    return facts | {"source": {"model": loaded.source}}, {}
 
 
 def _graph_facts(graph: Graph) -> dict[str, Any]:

@@ -136,10 +136,11 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """
     import numpy as np
 
+    plain: dict[str, Any] = {name: _plain(array) for name, array in arrays.items()}
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as stream:
-            np.savez(stream, **{name: np.asarray(array) for name, array in arrays.items()})
+            np.savez(stream, allow_pickle=False, **plain)
         temporary.replace(path)
     except OSError as error:
         raise InputError(
@@ -147,6 +148,14 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """An array that can be stored without pickling: strings get numpy's own string type."""
+    import numpy as np
+
+    array = np.asarray(value)
+    return array.astype(str) if array.dtype == object else array
 
 
 def _print_outputs(

@@ -245,7 +245,10 @@ class Descriptor(Model):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that :func:`hal.descriptor.parse` reads back to an equal descriptor."""
-        return self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        data = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        for name, route in self.routes.items():
+            data["routes"][name]["backend"] = route.backend  # a default that depends on the name
+        return data
 
     def digest(self) -> str:
         """SHA-256 of everything that the descriptor says, in hexadecimal."""

@@ -22,7 +22,7 @@ Option = str | int | float | bool
 class OnnxRuntimeRoute(Model):
     """Execution providers in order of preference."""
 
-    backend: str
+    backend: str = "onnxruntime"
     # Not strict: behind a validator written in Python, arrays arrive as lists.
     providers: tuple[str, ...] = Field(min_length=1, strict=False)
     provider_options: dict[str, dict[str, Option]] = Field(default_factory=dict)
@@ -38,7 +38,7 @@ class OnnxRuntimeRoute(Model):
 class TvmRoute(Model):
     """A code generator's target as a table, as TVM's ``Target`` takes it."""
 
-    backend: str
+    backend: str = "tvm"
     target: dict[str, Any]
     """Must have ``kind``; everything else goes to TVM as it is."""
     cross_compiler: str | None = None

@@ -22,6 +22,9 @@ def run(*arguments: str) -> str:
 def main() -> None:
     for name in ("torch", "transformers", "tvm", "passes", "targets", "kernels"):
         assert importlib.util.find_spec(name) is None, f"{name} can be imported here"
+    demo = importlib.util.find_spec("hal.demo_model")
+    assert demo is not None
+    assert (Path(list(demo.submodule_search_locations or [])[0]) / "config.json").is_file()
     names = [target.name for target in hal.list_targets()]
     assert {"host", "x86-64", "x86-64-v3", "x86-64-v4"} <= set(names), names
     assert "x86-64-v3" in run("targets", "list")
