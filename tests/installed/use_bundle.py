@@ -24,7 +24,7 @@ def main() -> None:
         assert importlib.util.find_spec(name) is None, f"{name} can be imported here"
     demo = importlib.util.find_spec("hal.demo_model")
     assert demo is not None
-    assert (Path(list(demo.submodule_search_locations or [])[0]) / "config.json").is_file()
+    assert (Path(next(iter(demo.submodule_search_locations or []))) / "config.json").is_file()
     names = [target.name for target in hal.list_targets()]
     assert {"host", "x86-64", "x86-64-v3", "x86-64-v4"} <= set(names), names
     assert "x86-64-v3" in run("targets", "list")
