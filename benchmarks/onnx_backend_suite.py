@@ -96,7 +96,8 @@ def node_cases(modules: Sequence[str] | None = None) -> list[Case]:
 
 
 def _node_case(case: TestCase) -> Case:
-    assert case.model is not None and case.data_sets is not None
+    assert case.model is not None
+    assert case.data_sets is not None
     sets = case.data_sets
     return Case(case.name, case.model, lambda: sets, case.rtol, case.atol)
 
@@ -148,7 +149,7 @@ def _judge(case: Case, prepare: Callable[[], Runnable]) -> tuple[str, str]:
     except AssertionError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return WRONG, " ".join(lines[:4])
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever a case raises is its outcome
         text = (str(error).strip().splitlines() or [""])[0]
         return ERROR, f"{type(error).__name__}: {text}"
     return PASSED, ""
@@ -221,7 +222,7 @@ def _array(item: Any) -> Any:
 
 
 class _Worker:
-    """A process that runs cases by number. It inherits the cases, so nothing is pickled but results."""
+    """A process that runs cases by number; it inherits them, only results are pickled."""
 
     def __init__(self, cases: list[Case], arguments: tuple[str, bool, bool]) -> None:
         context = multiprocessing.get_context("fork")

@@ -53,7 +53,7 @@ def evaluate(
     for attempt in _variants(proto):
         try:
             return dict(zip(names, _run_ort(attempt, feeds, names), strict=True))
-        except Exception as error:  # the next evaluator may know the op
+        except Exception as error:  # noqa: BLE001 - the next evaluator may know the op
             failures.append(f"onnxruntime: {_first_line(error)}")
     try:
         evaluator = onnx.reference.ReferenceEvaluator(proto)
@@ -74,7 +74,7 @@ def _variants(proto: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
         yield onnx.inliner.inline_selected_functions(
             proto, [], exclude=True, inline_schema_functions=True
         )
-    except Exception:  # onnx's inliner cannot type every model; there is another evaluator
+    except Exception:  # noqa: BLE001 - onnx's inliner cannot type every model; there is another evaluator
         return
 
 

@@ -18,7 +18,7 @@ Array = Any
 
 
 def as_numpy(array: Array) -> np.ndarray:
-    """View a tensor as numpy (bfloat16 and float8 included), copying only what is not in host memory.
+    """View a tensor as numpy (bfloat16 and float8 too), copying only what is not in host memory.
 
     Raises:
         TypeError: the object is neither an array nor a DLPack tensor.

@@ -10,12 +10,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from hal.descriptor import Descriptor, OnnxRuntimeRoute
-from hal.errors import TargetError, UnsupportedError
-from hal.ir import Graph
+from hal.errors import UnsupportedError
+from hal.ir import Graph, State
 from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
 from hal.targets.onnxruntime.kernels import kernel_table
 from hal.targets.onnxruntime.legalize import assess, legalize, uncovered
 from hal.targets.onnxruntime.session import OnnxRuntimeExecutable, open_session
+from hal.targets.onnxruntime.shared_cache import SharedCache, share_cache
 from hal.targets.onnxruntime.weights import externalize, relocate
 
 _MODEL = "model.onnx"
@@ -61,6 +62,7 @@ class OnnxRuntimeBackend(Backend):
                 f"(node {node.name!r}): {reason}",
                 "choose another target, or replace the op in the model",
             )
+        shared = share_cache(legal)
         prepack = _prepacks(legal)
         repacked = externalize(legal.model, context.folder, context.bundle)
         legal.model.ir_version = _IR_VERSION
@@ -72,6 +74,7 @@ class OnnxRuntimeBackend(Backend):
             "repacked_bytes": repacked,
             "prepack": prepack,
             "state": [state.to_json() for state in legal.state],
+            "shared_cache": shared.to_json() if shared else None,
         }
 
     def load(self, record: Mapping[str, Any], context: LoadContext) -> Executable:
@@ -91,7 +94,12 @@ class OnnxRuntimeBackend(Backend):
             threads=context.threads,
             prepack=bool(record.get("prepack", True)),
         )
-        return OnnxRuntimeExecutable(session)
+        shared = record.get("shared_cache")
+        return OnnxRuntimeExecutable(
+            session,
+            tuple(State.from_json(item) for item in record.get("state", ())),
+            SharedCache.from_json(shared) if shared else None,
+        )
 
 
 def _route(descriptor: Descriptor) -> OnnxRuntimeRoute:
@@ -160,10 +168,10 @@ def _alone(node: ir.Node, opsets: dict[str, int]) -> Graph:
 def _prepacks(graph: Graph) -> bool:
     """Whether the runtime should repack weights into its own copies when it loads the model.
 
-    Repacking costs seconds and a private copy of every matrix for each process, and makes products
-    with few rows (4 to 64) up to twice as fast; with one row (decoding) and with hundreds it makes no
-    difference. So small models are repacked, large float models stay mapped from the bundle, and
-    integer weights are always repacked because their kernels need it.
+    Repacking costs seconds and a private copy of every matrix for each process. It makes products
+    with few rows (4 to 64) up to twice as fast; with one row (decoding) and with hundreds it makes
+    no difference. So small models are repacked, large float models stay mapped from the bundle,
+    and integer weights are always repacked because their kernels need it.
     """
     large = 0
     for node in graph.graph.all_nodes():

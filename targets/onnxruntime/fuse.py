@@ -22,7 +22,7 @@ def fuse(model: ir.Model) -> ir.Model:
 
 
 def _swish(node: ir.Node) -> bool:
-    """``Swish(x) = x * sigmoid(alpha * x)`` is ``QuickGelu``; ``SwiGLU(a, b)`` is that times ``b``."""
+    """``x * sigmoid(alpha * x)`` is ``QuickGelu``; ``SwiGLU(a, b)`` is ``QuickGelu(a) * b``."""
     first = node.inputs[0]
     if first is None or first.dtype is not ir.DataType.FLOAT or node.graph is None:
         return False

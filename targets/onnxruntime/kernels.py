@@ -22,7 +22,7 @@ _OPEN_END = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One registered kernel: the schema versions it serves and the dtypes each parameter may have."""
+    """One registered kernel: the schema versions it serves, the dtypes each parameter may have."""
 
     first: int
     last: int
@@ -195,20 +195,59 @@ _CARRIER: dict[_D, tuple[_D, ...]] = {
 }
 
 _MOVES = frozenset(
-    """
-    Compress Concat DepthToSpace Expand Flatten Gather GatherElements GatherND Identity OneHot Pad
-    Reshape ReverseSequence Slice SpaceToDepth Split Squeeze TensorScatter Tile Transpose Trilu
-    Unsqueeze Where NonZero Unique Equal
-    """.split()
+    [
+        "Compress",
+        "Concat",
+        "DepthToSpace",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "Identity",
+        "OneHot",
+        "Pad",
+        "Reshape",
+        "ReverseSequence",
+        "Slice",
+        "SpaceToDepth",
+        "Split",
+        "Squeeze",
+        "TensorScatter",
+        "Tile",
+        "Transpose",
+        "Trilu",
+        "Unsqueeze",
+        "Where",
+        "NonZero",
+        "Unique",
+        "Equal",
+    ]
 )
 
 # The dtype is what these ops are about: a cast around them would change the result.
 _DTYPE_IS_MEANING = frozenset(
-    """
-    Bernoulli BitCast Cast CastLike ConstantOfShape DequantizeLinear DynamicQuantizeLinear EyeLike
-    Multinomial QuantizeLinear QLinearConv QLinearMatMul RandomNormal RandomNormalLike
-    RandomUniform RandomUniformLike If Loop Scan
-    """.split()
+    [
+        "Bernoulli",
+        "BitCast",
+        "Cast",
+        "CastLike",
+        "ConstantOfShape",
+        "DequantizeLinear",
+        "DynamicQuantizeLinear",
+        "EyeLike",
+        "Multinomial",
+        "QuantizeLinear",
+        "QLinearConv",
+        "QLinearMatMul",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+        "If",
+        "Loop",
+        "Scan",
+    ]
 )
 
 

@@ -30,7 +30,7 @@ _CAST_COST, _BODY_COST, _MISSING_COST = 1, 50, 1_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Assessment:
-    """How one node fares at one operator-set version. Exactly one of the three means, or a reason."""
+    """How one node fares at one operator-set version: one of the three means, or a reason."""
 
     cost: int
     match: Match | None = None
@@ -94,23 +94,15 @@ def assess(
 
 def _inline_what_lacks_kernels(model: ir.Model) -> tuple[ir.Model, int]:
     """Inline bodies until every node has a kernel or no body; also the version to stamp."""
-    table = kernel_table()
     bodiless: set[tuple[object, ...]] = set()
     for _ in range(_MAX_ROUNDS):
         if _lacks_types(model):
             infer_types(model)
-        current = _current(model)
-        version = _choose_version(model, current, table)
-
-        def lacks_kernel(node: ir.Node) -> bool:
-            chosen = assess(model, node, current, version, table).inline  # noqa: B023
-            return chosen and _identity(node) not in bodiless
-
+        version = _choose_version(model, _current(model), kernel_table())
+        lacks_kernel = _Chooser(model, version, frozenset(bodiless))
         chosen = [node for node in model.graph.all_nodes() if lacks_kernel(node)]
         if not chosen:
             return model, version
-        for node in chosen:
-            node.metadata_props.setdefault(ORIGIN, _label(node))
         tried = {_identity(node) for node in chosen}
         model = inline_functions(model, lacks_kernel)
         bodiless |= tried & {_identity(node) for node in model.graph.all_nodes()}
@@ -118,6 +110,22 @@ def _inline_what_lacks_kernels(model: ir.Model) -> tuple[ir.Model, int]:
         f"the function bodies of {model.graph.name!r} do not come to an end",
         "a body contains the op that it defines",
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chooser:
+    """Says which nodes to inline, and notes on each where its nodes will come from."""
+
+    model: ir.Model
+    version: int
+    bodiless: frozenset[tuple[object, ...]]
+
+    def __call__(self, node: ir.Node) -> bool:
+        found = assess(self.model, node, _current(self.model), self.version, kernel_table())
+        if not found.inline or _identity(node) in self.bodiless:
+            return False
+        node.metadata_props.setdefault(ORIGIN, _label(node))
+        return True
 
 
 def _lacks_types(model: ir.Model) -> bool:

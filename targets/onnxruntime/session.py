@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 
 from hal.descriptor import OnnxRuntimeRoute
@@ -15,6 +14,8 @@ from hal.errors import HalError, InputError, TargetError
 from hal.ir import State
 from hal.ir.ortvalue import as_numpy, from_ort, to_ort
 from hal.targets.backend import Executable, StateStore
+from hal.targets.onnxruntime.shared_cache import SharedCache
+from hal.targets.onnxruntime.state import OrtState
 
 CPU = "CPUExecutionProvider"
 
@@ -104,13 +105,18 @@ def _entry(value: Any) -> str:
 class OnnxRuntimeExecutable(Executable):
     """One session. Outputs are views of the runtime's memory."""
 
-    def __init__(self, session: ort.InferenceSession) -> None:
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        state: tuple[State, ...] = (),
+        shared: SharedCache | None = None,
+    ) -> None:
         self._session: ort.InferenceSession | None = session
+        self._state, self._shared = state, shared
         self._inputs = {value.name: value for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]
-        self._plain = all(
-            _is_plain(v.type) for v in [*session.get_inputs(), *session.get_outputs()]
-        )
+        both = [*session.get_inputs(), *session.get_outputs()]
+        self._plain = all(_is_plain(value.type) for value in both)
 
     @property
     def session(self) -> ort.InferenceSession:
@@ -130,27 +136,32 @@ class OnnxRuntimeExecutable(Executable):
             InputError: the runtime refuses an input.
             TargetError: a kernel failed.
         """
+        if self._shared is not None:
+            return self._run_on_copy(inputs)
         given = {name: inputs[name] for name in self._inputs if name in inputs}
         if self._plain:
-            values = {name: self._wrap(name, value) for name, value in given.items()}
-            return {name: from_ort(value) for name, value in self._run(values).items()}
+            values = {name: _wrap(name, value) for name, value in given.items()}
+            return {name: from_ort(value) for name, value in self._run(values, {}).items()}
         feeds = {name: _plain_feed(value) for name, value in given.items()}
         try:
             results = self.session.run(self._outputs, feeds)
+        except HalError:
+            raise
         except Exception as error:
             raise _translated(error) from error
         return dict(zip(self._outputs, results, strict=True))
 
     def create_state(self, state: tuple[State, ...]) -> StateStore | None:
-        """Carried tensors as values of the runtime, handed from one call to the next."""
-        return OrtState(state, self._inputs) if self._plain and state else None
+        """Carried tensors as values of the runtime: caches that grow in place where they can."""
+        return OrtState(state, self._inputs, self._shared) if self._plain and state else None
 
     def step(self, inputs: Mapping[str, Any], store: StateStore) -> dict[str, Any]:
-        """Run once; the state in ``store`` goes in and what comes out replaces it, uncopied."""
+        """Run once on the state in ``store``, which becomes what comes out; nothing is copied."""
         assert isinstance(store, OrtState)
-        values = {name: self._wrap(name, inputs[name]) for name in self._inputs if name in inputs}
+        given = {name: inputs[name] for name in self._inputs if name in inputs}
+        values = {name: _wrap(name, value) for name, value in given.items()}
         values.update(store.feeds(values))
-        results = self._run(values)
+        results = self._run(values, store.outputs())
         store.take(results)
         return {name: from_ort(value) for name, value in results.items()}
 
@@ -158,82 +169,45 @@ class OnnxRuntimeExecutable(Executable):
         """Release the session and its memory."""
         self._session = None
 
-    def _run(self, values: dict[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
+    def _run_on_copy(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """State passed as arrays: move it into buffers, step, and hand out what is in them."""
+        store = OrtState(self._state, self._inputs, self._shared)
+        for item in self._state:
+            store.import_array(item.name, as_numpy(inputs[item.input]))
+        carried = {item.input for item in self._state}
+        results = self.step({n: v for n, v in inputs.items() if n not in carried}, store)
+        results.update({item.output: store.export_array(item.name) for item in self._state})
+        return results
+
+    def _run(
+        self, values: Mapping[str, ort.OrtValue], into: Mapping[str, ort.OrtValue]
+    ) -> dict[str, ort.OrtValue]:
+        """Run on wrapped tensors; the outputs in ``into`` are written there and not returned."""
+        session = self.session
+        returned = [name for name in self._outputs if name not in into]
         try:
-            results = self.session.run_with_ort_values(self._outputs, values)
-        except HalError:
-            raise
+            if not into:
+                results = session.run_with_ort_values(returned, dict(values))
+            else:
+                binding = session.io_binding()
+                for name, value in values.items():
+                    binding.bind_ortvalue_input(name, value)
+                for name in returned:
+                    binding.bind_output(name)
+                for name, value in into.items():
+                    binding.bind_ortvalue_output(name, value)
+                session.run_with_iobinding(binding)
+                results = binding.get_outputs()[: len(returned)]
         except Exception as error:
             raise _translated(error) from error
-        return dict(zip(self._outputs, results, strict=True))
-
-    def _wrap(self, name: str, value: Any) -> ort.OrtValue:
-        try:
-            return to_ort(value)
-        except TypeError as error:
-            raise InputError(f"input {name!r}: {error}", "pass a numpy array") from error
+        return dict(zip(returned, results, strict=True))
 
 
-class OrtState(StateStore):
-    """Carried tensors that grow by being replaced: one call's outputs are the next one's inputs."""
-
-    def __init__(self, state: tuple[State, ...], inputs: Mapping[str, Any]) -> None:
-        self._state = {item.name: item for item in state}
-        self._declared = {item.name: inputs[item.input] for item in state}
-        self._values: dict[str, ort.OrtValue] = {}
-        self._inputs = inputs
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self._values.clear()
-
-    def feeds(self, given: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
-        """State inputs of the next call; before the first they are empty, shaped by ``given``."""
-        for name, item in self._state.items():
-            if name not in self._values:
-                self._values[name] = self._empty(item, self._extents(given))
-        return {item.input: self._values[name] for name, item in self._state.items()}
-
-    def take(self, results: dict[str, ort.OrtValue]) -> None:
-        """Move the state outputs out of ``results``."""
-        for name, item in self._state.items():
-            self._values[name] = results.pop(item.output)
-
-    def export_array(self, name: str) -> np.ndarray:
-        """The state in neutral layout (a copy).
-
-        Raises:
-            InputError: there is no such state, or nothing was run yet.
-        """
-        if name not in self._values:
-            raise InputError(f"state {name!r} is empty or unknown", "run the session first")
-        return np.array(from_ort(self._values[name]))
-
-    def import_array(self, name: str, array: np.ndarray) -> None:
-        """Replace the state ``name``; the array is copied."""
-        if name not in self._state:
-            raise InputError(f"there is no state {name!r}", "known: " + ", ".join(self._state))
-        self._values[name] = to_ort(np.array(array))
-
-    def _extents(self, given: Mapping[str, ort.OrtValue]) -> dict[str, int]:
-        extents: dict[str, int] = {}
-        for name, value in given.items():
-            for dim, extent in zip(self._inputs[name].shape, value.shape(), strict=False):
-                if isinstance(dim, str):
-                    extents[dim] = extent
-        return extents
-
-    def _empty(self, item: State, extents: Mapping[str, int]) -> ort.OrtValue:
-        declared = self._declared[item.name]
-        shape = [
-            0 if axis == item.growth_axis else dim if isinstance(dim, int) else extents.get(dim, 1)
-            for axis, dim in enumerate(declared.shape)
-        ]
-        dtype = declared.type[len("tensor(") : -1]
-        return to_ort(np.zeros(shape, _NUMPY.get(dtype, dtype)))
-
-
-_NUMPY = {"float": "float32", "double": "float64"}
+def _wrap(name: str, value: Any) -> ort.OrtValue:
+    try:
+        return to_ort(value)
+    except TypeError as error:
+        raise InputError(f"input {name!r}: {error}", "pass a numpy array") from error
 
 
 def _is_plain(kind: str) -> bool:

@@ -45,7 +45,7 @@ def externalize(
 ) -> int:
     """Turn the model's large initializers, in place, into references relative to ``bundle``.
 
-    Returns the bytes written to ``folder / file`` (0 when nothing had to be, then there is no file).
+    Returns the bytes written to ``folder / file``; there is no file when nothing had to be.
     """
     pending: dict[str, ir.TensorProtocol] = {}
     for name, value in model.graph.initializers.items():
@@ -73,7 +73,7 @@ def externalize(
 def write_safetensors(
     path: Path, tensors: dict[str, ir.TensorProtocol]
 ) -> dict[str, tuple[int, int]]:
-    """Write tensors one after the other, each aligned; return offset and length of each in the file.
+    """Write tensors one after the other; return offset and length of each in the file.
 
     Dtypes that safetensors has no name for are stored as bytes (``U8``).
     """
