@@ -140,9 +140,13 @@ def _named_leaves(
     leaves: dict[str, Any] = {}
     for name, value in _bound(module, args, kwargs).items():
         for path, leaf in pytree.tree_flatten_with_path(value)[0]:
-            keys = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
-            leaves["_".join([name, *keys])] = leaf
+            leaves["_".join([name, *_keys(path)])] = leaf
     return leaves
+
+
+def _keys(path: Any) -> list[str]:
+    """A pytree path as text: dict keys, sequence indices, attribute names."""
+    return [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
 
 
 def _flat_dynamic(dynamic: Dynamic, leaves: Mapping[str, Any]) -> dict[str, dict[int, str]]:
@@ -180,6 +184,16 @@ def _flat_dynamic(dynamic: Dynamic, leaves: Mapping[str, Any]) -> dict[str, dict
 
 def _enlarged(tree: Any, leaves: Mapping[str, Any], axes: Mapping[str, Mapping[int, str]]) -> Any:
     """Repeat examples along dynamic axes of size 0 or 1, which torch.export would fix."""
+    sizes: dict[str, int] = {}
+    for name, dims in axes.items():
+        for axis, symbol in dims.items():
+            size = leaves[name].shape[axis]
+            if sizes.setdefault(symbol, size) != size:
+                raise InputError(
+                    f"dynamic dim {symbol!r} has the sizes {sizes[symbol]} and {size} in the"
+                    f" examples (axis {axis} of {name!r})",
+                    "axes of one name must have one size; use another name",
+                )
     small = {
         symbol
         for name, dims in axes.items()
@@ -187,7 +201,7 @@ def _enlarged(tree: Any, leaves: Mapping[str, Any], axes: Mapping[str, Mapping[i
         if leaves[name].shape[axis] < 2
     }
     if not small:
-        return tree
+        return tree  # torch.export fixes only sizes 0 and 1
     replaced: dict[int, torch.Tensor] = {}
     for name, dims in axes.items():
         tensor = leaves[name]
@@ -209,24 +223,32 @@ def _capture(
     kwargs: dict[str, Any],
     axes: Mapping[str, Mapping[int, str]],
 ) -> torch.export.ExportedProgram:
-    auto = torch.export.Dim.AUTO
+    """Run torch.export with named dims; where their rules are too strict, with inferred ones."""
+    symbols = sorted({symbol for dims in axes.values() for symbol in dims.values()})
+    named = {s: torch.export.Dim(f"dim_{i}", min=0) for i, s in enumerate(symbols)}
+    bound = _bound(module, args, kwargs)
 
-    def shapes(name: str, value: Any) -> Any:
-        def leaf_shapes(path: Any, leaf: Any) -> Any:
-            keys = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
-            dims = axes.get("_".join([name, *keys]))
-            return {axis: auto for axis in dims} if dims else None
+    def export(dims: Mapping[str, Any]) -> torch.export.ExportedProgram:
+        def leaf_dims(name: str, path: Any) -> dict[int, Any] | None:
+            leaf_axes = axes.get("_".join([name, *_keys(path)]), {})
+            return {axis: dims[symbol] for axis, symbol in leaf_axes.items()} or None
 
-        return pytree.tree_map_with_path(leaf_shapes, value)
+        shapes = {
+            name: pytree.tree_map_with_path(lambda path, _, n=name: leaf_dims(n, path), value)
+            for name, value in bound.items()
+        }
+        with torch.no_grad(), torch_translate.quiet():
+            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
 
-    dynamic_shapes = {n: shapes(n, v) for n, v in _bound(module, args, kwargs).items()}
     training = module.training
     try:
         module.eval()
-        with torch.no_grad(), torch_translate.quiet():
-            return torch.export.export(
-                module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
-            )
+        try:
+            return export(named)
+        except torch._dynamo.exc.UserError as error:
+            if not symbols or "onstraint" not in str(error):
+                raise
+            return export(dict.fromkeys(symbols, torch.export.Dim.AUTO))
     except Exception as error:
         raise ExportError(*_explain(module, error)) from None
     finally:
