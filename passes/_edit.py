@@ -35,6 +35,10 @@ SMALL = 4096
 """Constants with more elements than this are weights: rules never read them."""
 
 
+SCOPE_KEY = "hal.scope"
+"""Metadata that says which module of the source a node came from; a new node inherits it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """One rewrite: tried at every node whose op type is in ``roots``; True when it changed it."""
@@ -88,6 +92,8 @@ class Editor:
         node.name = node.outputs[0].name
         if like is not None:
             copy_type(like, node.outputs[0])
+        if SCOPE_KEY in anchor.metadata_props:
+            node.metadata_props[SCOPE_KEY] = anchor.metadata_props[SCOPE_KEY]
         anchor.graph.insert_before(anchor, node)
         return node.outputs[0]
 

@@ -246,9 +246,7 @@ def _half_of(edit: Editor, value: ir.Value | None, interleaved: bool) -> ir.Valu
     return _half(edit, value, interleaved) if value is not None else None
 
 
-def _rebuilt(
-    edit: Editor, node: ir.Node, inputs: list[ir.Value | None]
-) -> ir.Value | None:
+def _rebuilt(edit: Editor, node: ir.Node, inputs: list[ir.Value | None]) -> ir.Value | None:
     if inputs[0] is None:
         return None
     attributes = {k: a.value for k, a in node.attributes.items()}

@@ -76,7 +76,9 @@ class PassReport:
 
     def __str__(self) -> str:
         """One line for ``--explain``."""
-        text = f"{self.name}: {self.matches} changes, {self.nodes_before} -> {self.nodes_after} nodes"
+        text = (
+            f"{self.name}: {self.matches} changes, {self.nodes_before} -> {self.nodes_after} nodes"
+        )
         if self.bytes_before != self.bytes_after:
             text += f", {self.bytes_before} -> {self.bytes_after} weight bytes"
         if self.details:

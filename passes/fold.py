@@ -259,5 +259,3 @@ def _constant_reshape(edit: Editor, node: ir.Node, shapes: Shapes) -> int:
     node.replace_input_with(1, constant)
     node.attributes.pop("allowzero", None)
     return 1
-
-

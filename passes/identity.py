@@ -113,9 +113,7 @@ def _transpose(edit: Editor, node: ir.Node) -> bool:
     if composed == sorted(composed):
         return _bypass(edit, node, inner.inputs[0])
     out = node.outputs[0]
-    return edit.replace(
-        out, edit.op("Transpose", [inner.inputs[0]], {"perm": composed}, like=out)
-    )
+    return edit.replace(out, edit.op("Transpose", [inner.inputs[0]], {"perm": composed}, like=out))
 
 
 def _reshape_pair(edit: Editor, node: ir.Node) -> bool:

@@ -75,7 +75,9 @@ def _weight(edit: Editor, node: ir.Node) -> bool:
         if norm is None or not single_use(source) or len(norm.inputs) > 2:
             continue
         ones = array(norm.inputs[1])
-        shape = list(norm.inputs[1].shape.numpy()) if norm.inputs[1] and norm.inputs[1].shape else []
+        shape = (
+            list(norm.inputs[1].shape.numpy()) if norm.inputs[1] and norm.inputs[1].shape else []
+        )
         if ones is None or not np.all(ones == 1) or not per_channel(weight, shape):
             continue
         return _rebuild(edit, node, norm, [norm.inputs[0], weight])
@@ -95,9 +97,7 @@ def _bias(edit: Editor, node: ir.Node) -> bool:
     return False
 
 
-def _rebuild(
-    edit: Editor, node: ir.Node, norm: ir.Node, inputs: list[ir.Value | None]
-) -> bool:
+def _rebuild(edit: Editor, node: ir.Node, norm: ir.Node, inputs: list[ir.Value | None]) -> bool:
     attributes = {
         "axis": attribute(norm, "axis", -1),
         "epsilon": attribute(norm, "epsilon", 1e-5),

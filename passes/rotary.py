@@ -100,9 +100,7 @@ def _by_parts(edit: Editor, node: ir.Node) -> bool:
     return False
 
 
-def _is_imaginary(
-    node: ir.Node, x1: ir.Value, x2: ir.Value, cos: ir.Value, sin: ir.Value
-) -> bool:
+def _is_imaginary(node: ir.Node, x1: ir.Value, x2: ir.Value, cos: ir.Value, sin: ir.Value) -> bool:
     wanted = [{id(x2), id(cos)}, {id(x1), id(sin)}]
     products = [producer(v, "Mul") for v in node.inputs]
     found = [{id(v) for v in p.inputs} for p in products if p is not None]
@@ -139,7 +137,11 @@ def _partial(edit: Editor, node: ir.Node) -> bool:
     if len(node.inputs) != 2 or size is None or attribute(node, "axis", 0) % size != size - 1:
         return False
     rotary = producer(node.inputs[0], "RotaryEmbedding")
-    if rotary is None or attribute(rotary, "rotary_embedding_dim", 0) or rank(rotary.inputs[0]) != 4:
+    if (
+        rotary is None
+        or attribute(rotary, "rotary_embedding_dim", 0)
+        or rank(rotary.inputs[0]) != 4
+    ):
         return False
     head, tail = section(rotary.inputs[0]), section(node.inputs[1])
     if head is None or tail is None or head.source is not tail.source:
