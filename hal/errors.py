@@ -77,7 +77,7 @@ class MissingExtraError(HalError):
         )
 
 
-class CheckFailed(HalError):
+class CheckFailed(HalError):  # noqa: N818  (reads as the sentence it is)
     """A verification, budget or conformance check did not hold."""
 
     exit_code: ClassVar[int] = 1

@@ -117,14 +117,14 @@ class Executable(abc.ABC):
         """Run once. Keys are the segment's value names; carried state is passed explicitly."""
 
     def create_state(self, state: tuple[State, ...]) -> StateStore | None:
-        """An in-place store for ``state``, or None when the session should pass arrays to :meth:`run`."""
+        """An in-place store for ``state``, or None: sessions then pass arrays to :meth:`run`."""
         return None
 
     def step(self, inputs: Mapping[str, Any], store: StateStore) -> dict[str, Any]:
         """Run once on a store made by :meth:`create_state`, updating it in place."""
         raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (most segments hold nothing)
         """Release what the segment holds."""
 
 
@@ -151,7 +151,7 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def build(self, graph: Graph, context: BuildContext) -> dict[str, Any]:
-        """Compile a segment into ``context.folder``; return a JSON record that :meth:`load` needs."""
+        """Compile a segment into ``context.folder``; return the JSON record for :meth:`load`."""
 
     @abc.abstractmethod
     def load(self, record: Mapping[str, Any], context: LoadContext) -> Executable:

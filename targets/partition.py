@@ -1,9 +1,8 @@
 """Who runs which node: claims become convex segments that run one after the other.
 
-Nodes are taken in a topological order that stays with one backend for as long as any of its nodes is
-ready, so segments are few and each is convex by construction (everything it needs was computed by
-earlier segments). Of the orders that start with either backend the one that moves fewer bytes
-between segments is kept.
+Nodes are taken in a topological order that stays with one backend while any of its nodes is ready,
+so segments are few and each is convex by construction (all it needs was computed earlier).
+Of the orders that start with either backend, the one that moves fewer bytes is kept.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Plan:
     total: int
 
     def placement(self) -> dict[str, Any]:
-        """JSON-ready summary: counts per backend, refusals grouped by op and reason, bytes moved."""
+        """JSON-ready: counts per backend, refusals grouped by op and reason, bytes moved."""
         counts: collections.Counter[str] = collections.Counter()
         for segment in self.segments:
             counts[segment.backend] += len(segment.nodes)

@@ -30,7 +30,12 @@ def graph_of(
         item.type = ir.TensorType(item.const_value.dtype)
         initializers.append(item)
     body = ir.Graph(
-        inputs, outputs, nodes=nodes, initializers=initializers, opset_imports={"": OPSET}, name="test"
+        inputs,
+        outputs,
+        nodes=nodes,
+        initializers=initializers,
+        opset_imports={"": OPSET},
+        name="test",
     )
     return Graph(ir.Model(body, ir_version=IR_VERSION), state)
 
@@ -48,7 +53,9 @@ def mlp(hidden: int = 32, seed: int = 0) -> Graph:
         node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     second.outputs[0].name = "y"
     scale = 1 / np.sqrt(hidden)
-    weights = {n: (rng.standard_normal((hidden, hidden)) * scale).astype(np.float32) for n in ("w1", "w2")}
+    weights = {
+        n: (rng.standard_normal((hidden, hidden)) * scale).astype(np.float32) for n in ("w1", "w2")
+    }
     return graph_of([x], [second.outputs[0]], [first, relu, second], weights)
 
 
@@ -64,7 +71,12 @@ def accumulator() -> Graph:
         node.outputs[0].shape = ir.Shape(dims)
         node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     state = State(
-        "0.memory", "past.0.memory", "present.0.memory", "memory", ("batch", "position", "channel"), 1
+        "0.memory",
+        "past.0.memory",
+        "present.0.memory",
+        "memory",
+        ("batch", "position", "channel"),
+        1,
     )
     return graph_of(
         [x, past],

@@ -58,7 +58,9 @@ def build_target(
     backend = load_backend(target.backend)
     probe = backend.probe()
     if probe.status == "absent":
-        raise TargetError(f"target {target.name!r} cannot be built here: {probe.reason}", _hint(backend))
+        raise TargetError(
+            f"target {target.name!r} cannot be built here: {probe.reason}", _hint(backend)
+        )
     toolchain = {"hal": hal.__version__, **probe.versions}
     folder = root / build_folder(target.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -156,4 +158,6 @@ def _size(folder: Path) -> int:
 
 
 def _hint(backend: Backend) -> str:
-    return f"install what the {backend.name} backend needs: pip install 'hal-compiler[{backend.name}]'"
+    return (
+        f"install what the {backend.name} backend needs: pip install 'hal-compiler[{backend.name}]'"
+    )

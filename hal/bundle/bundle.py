@@ -116,7 +116,9 @@ def load_graph(files: BundleFiles) -> Graph:
     except BundleError:
         raise
     except Exception as error:
-        raise BundleError(f"{files.root}: {GRAPH} cannot be parsed: {error}", "rebuild the bundle") from error
+        raise BundleError(
+            f"{files.root}: {GRAPH} cannot be parsed: {error}", "rebuild the bundle"
+        ) from error
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
@@ -135,7 +137,8 @@ def _relocated(files: BundleFiles, tensor: ir.ExternalTensor) -> ir.ExternalTens
     offset, length = tensor.offset or 0, tensor.length or tensor.nbytes
     if offset + length > size:
         raise BundleError(
-            f"{files.root}: tensor {tensor.name!r} lies past the end of {tensor.location}", "rebuild the bundle"
+            f"{files.root}: tensor {tensor.name!r} lies past the end of {tensor.location}",
+            "rebuild the bundle",
         )
     inside = files.is_directory
     return ir.ExternalTensor(
@@ -143,7 +146,7 @@ def _relocated(files: BundleFiles, tensor: ir.ExternalTensor) -> ir.ExternalTens
         offset if inside else start + offset,
         length,
         tensor.dtype,
-        shape=tensor.shape,  # type: ignore[arg-type]
+        shape=tensor.shape,
         name=tensor.name or "",
         base_dir=str(files.root if inside else path.parent),
     )

@@ -45,6 +45,7 @@ class BundleFiles(WeightStore):
     def __init__(self, root: Path, members: dict[str, tuple[Path, int, int]]) -> None:
         self.root = root
         self._members = members
+        self._identity = _identity(root)
         self._maps: dict[Path, mmap.mmap] = {}
 
     @classmethod
@@ -76,8 +77,12 @@ class BundleFiles(WeightStore):
         """Real file, offset and length of a member.
 
         Raises:
-            BundleError: the bundle has no such member.
+            BundleError: the bundle has no such member, or was replaced since it was opened.
         """
+        if _identity(self.root) != self._identity:
+            raise BundleError(
+                f"bundle {self.root} was replaced or removed since it was opened", "load it again"
+            )
         found = self._members.get(checked_member(relative))
         if found is None:
             raise BundleError(
@@ -104,7 +109,19 @@ class BundleFiles(WeightStore):
         path, _, _ = self.locate(relative)
         if self.is_directory:
             return path
-        return publish_file(cache_folder("extracted"), PurePosixPath(relative).name, self.mapped(relative))
+        return publish_file(
+            cache_folder("extracted"), PurePosixPath(relative).name, self.mapped(relative)
+        )
+
+
+def _identity(root: Path) -> tuple[int, ...] | None:
+    """What tells this bundle from another that takes its name; members of a folder may be added."""
+    try:
+        stat = root.stat()
+    except OSError:
+        return None
+    known = (stat.st_dev, stat.st_ino)
+    return known if root.is_dir() else (*known, stat.st_size, stat.st_mtime_ns)
 
 
 def _directory_members(root: Path) -> dict[str, tuple[Path, int, int]]:
@@ -157,7 +174,7 @@ def _data_offset(stream: BinaryIO, info: zipfile.ZipInfo) -> int:
 
 
 def pack(folder: Path, target: Path) -> None:
-    """Write ``folder`` as one aligned, uncompressed zip at ``target``; members are removed as they go.
+    """Write ``folder`` as one aligned, uncompressed zip; members are removed as they go.
 
     Removing keeps the disk space needed near one bundle rather than two.
     """
@@ -178,7 +195,9 @@ def pack(folder: Path, target: Path) -> None:
             path.unlink()
 
 
-def unpack(files: BundleFiles, folder: Path, *, skip: Callable[[str], bool] = lambda _: False) -> None:
+def unpack(
+    files: BundleFiles, folder: Path, *, skip: Callable[[str], bool] = lambda _: False
+) -> None:
     """Copy the members for which ``skip`` is false into ``folder``.
 
     Copies, not hard links: readers of ONNX external data refuse files with several links.

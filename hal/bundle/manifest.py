@@ -79,7 +79,9 @@ class Manifest(pydantic.BaseModel):
     files: dict[str, FileRecord] = {}
 
 
-def write_manifest(manifest: Manifest, folder: Path, known: dict[str, FileRecord] | None = None) -> None:
+def write_manifest(
+    manifest: Manifest, folder: Path, known: dict[str, FileRecord] | None = None
+) -> None:
     """Digest every file under ``folder`` and write ``manifest.json`` and ``manifest.sha256``.
 
     ``known`` holds records that need not be computed again (files copied from a checked bundle).
@@ -105,7 +107,9 @@ def read_manifest(files: BundleFiles) -> Manifest:
     """
     where = files.root
     if MANIFEST not in files:
-        raise BundleError(f"{where} has no {MANIFEST}", "this is not a hal bundle, or a part of it is lost")
+        raise BundleError(
+            f"{where} has no {MANIFEST}", "this is not a hal bundle, or a part of it is lost"
+        )
     text = files.read(MANIFEST)
     try:
         data = json.loads(text)
@@ -124,14 +128,17 @@ def read_manifest(files: BundleFiles) -> Manifest:
     stated = files.read(MANIFEST_DIGEST).split() if MANIFEST_DIGEST in files else []
     if not stated or stated[0].decode("ascii", "replace") != hashlib.sha256(text).hexdigest():
         raise BundleError(
-            f"{where}: {MANIFEST} does not match {MANIFEST_DIGEST}", "copy the bundle again or rebuild it"
+            f"{where}: {MANIFEST} does not match {MANIFEST_DIGEST}",
+            "copy the bundle again or rebuild it",
         )
     try:
         manifest = Manifest.model_validate(data)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(p) for p in first["loc"])
-        raise BundleError(f"{where}: {MANIFEST}: {place}: {first['msg']}", "rebuild the bundle") from error
+        raise BundleError(
+            f"{where}: {MANIFEST}: {place}: {first['msg']}", "rebuild the bundle"
+        ) from error
     _check_files(files, manifest)
     return manifest
 
@@ -156,12 +163,19 @@ def _check_files(files: BundleFiles, manifest: Manifest) -> None:
 
 
 def _intact(files: BundleFiles, name: str, record: FileRecord) -> bool:
-    """Whether a member has its digest. A large file that passed once is not read again until it changes."""
+    """Whether a member has its digest; a large file is not read again until it changes."""
     path, offset, length = files.locate(name)
     memo: Path | None = None
     if length >= _REMEMBER_BYTES:
         stat = path.stat()
-        key = (str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, offset)
+        key = (
+            str(path.resolve()),
+            stat.st_ino,
+            stat.st_size,
+            stat.st_mtime_ns,
+            stat.st_ctime_ns,
+            offset,
+        )
         digest = hashlib.sha256(repr((key, record.sha256)).encode()).hexdigest()
         with contextlib.suppress(OSError):
             memo = cache_folder("verified") / digest

@@ -1,8 +1,8 @@
 """Weights of a bundle: safetensors files that ``graph.onnx`` refers to as ONNX external data.
 
 Every tensor starts at a multiple of 64 bytes wherever sizes allow it: the header is padded, and
-tensors whose size is a multiple of 64 come first (the format allows no gaps). So a runtime maps them
-without copying.
+tensors whose size is a multiple of 64 come first (the format allows no gaps). So a runtime maps
+them without copying.
 """
 
 from __future__ import annotations
@@ -54,10 +54,9 @@ def write_weights(
 ) -> list[Path]:
     """Write the graph's large initializers into ``folder`` and make the graph refer to the files.
 
-    Tensors are taken one at a time, so peak memory is one tensor above what the graph already holds;
-    a tensor shared by several initializers is written once. ``progress`` is called with bytes written.
-    Locations in the graph are relative to ``relative_to`` (default: ``folder``). Initializers of the
-    graph that are in files already and need no copy must not be passed here.
+    Tensors are taken one at a time, so peak memory is one tensor above what the graph holds; a
+    tensor shared by several initializers is written once. ``progress`` is called with the bytes
+    written. Locations in the graph are relative to ``relative_to`` (default: ``folder``).
 
     Returns:
         The files written.
@@ -84,8 +83,8 @@ def _identity(tensor: ir.TensorProtocol) -> int:
     raw = getattr(tensor, "raw", None)
     pointer = getattr(raw, "data_ptr", None)
     if callable(pointer) and pointer():
-        strides = raw.stride() if hasattr(raw, "stride") else ()
-        return hash((pointer(), tuple(tensor.shape.numpy()), tensor.dtype, tuple(strides)))
+        strides = tuple(getattr(raw, "stride", tuple)())
+        return hash((pointer(), tuple(tensor.shape.numpy()), tensor.dtype, strides))
     return id(tensor)
 
 
@@ -130,7 +129,9 @@ def _write_shard(
             before = stream.tell()
             _write_tensor(tensor, stream)
             if stream.tell() - before != tensor.nbytes:
-                raise BundleError(f"tensor {tensor.name!r} wrote the wrong number of bytes", "report this")
+                raise BundleError(
+                    f"tensor {tensor.name!r} wrote the wrong number of bytes", "report this"
+                )
             if progress:
                 progress(tensor.nbytes)
     position = start
@@ -149,7 +150,7 @@ def _write_shard(
 
 
 def _container(tensor: ir.TensorProtocol) -> tuple[str, list[int]]:
-    """safetensors dtype and shape; dtypes it lacks are carried as bytes (graph.onnx has the truth)."""
+    """Safetensors dtype and shape; dtypes it lacks are bytes here and true in graph.onnx."""
     name = _SAFETENSORS.get(tensor.dtype)
     return (name, list(tensor.shape.numpy())) if name else ("U8", [tensor.nbytes])
 

@@ -1,4 +1,4 @@
-"""The intermediate representation: ONNX at a recent opset, plus carried state and the ``hal`` ops."""
+"""The intermediate representation: ONNX at a recent opset, carried state, the ``hal`` ops."""
 
 from hal.ir.graph import (
     HAL_DOMAIN,
@@ -14,7 +14,7 @@ from hal.ir.graph import (
     tensor_spec,
 )
 from hal.ir.verify import verify
-from hal.ir.view import to_networkx, used_values, value_bytes
+from hal.ir.view import subgraphs, to_networkx, used_values, value_bytes
 
 __all__ = [
     "HAL_DOMAIN",
@@ -27,6 +27,7 @@ __all__ = [
     "TensorSpec",
     "dtype_from_name",
     "dtype_name",
+    "subgraphs",
     "tensor_spec",
     "to_networkx",
     "used_values",

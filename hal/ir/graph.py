@@ -85,7 +85,7 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """What a caller passes and gets (state excluded), and the state that is carried between calls."""
+    """What a caller passes and gets, state excluded, and the state carried between calls."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -125,9 +125,7 @@ class Graph:
 
     def weight_bytes(self) -> int:
         """Total bytes of initializers, each counted once."""
-        return sum(
-            v.const_value.nbytes for v in self.graph.initializers.values() if v.const_value
-        )
+        return sum(v.const_value.nbytes for v in self.graph.initializers.values() if v.const_value)
 
     def signature(self) -> Signature:
         """Inputs and outputs as a caller sees them, and the carried state."""
@@ -183,7 +181,7 @@ def tensor_spec(value: ir.Value) -> TensorSpec:
     kind, container = value.type, "tensor"
     while isinstance(kind, (ir.SequenceType, ir.OptionalType)):
         container = "sequence" if isinstance(kind, ir.SequenceType) else "optional"
-        kind = kind.elem_type  # type: ignore[assignment]
+        kind = kind.elem_type
     dtype = dtype_name(kind.dtype) if kind is not None else "unknown"
     dims: tuple[Dim, ...] | None = None
     if value.shape is not None:
@@ -195,7 +193,7 @@ def tensor_spec(value: ir.Value) -> TensorSpec:
 
 
 def dtype_name(dtype: ir.DataType) -> str:
-    """Name of an ONNX dtype as numpy and ml_dtypes spell it (``float32``, ``bfloat16``, ``int4``)."""
+    """Name of an ONNX dtype as numpy and ml_dtypes spell it (``bfloat16``, ``int4``)."""
     if dtype is ir.DataType.STRING:
         return "string"
     if dtype is ir.DataType.UNDEFINED:

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from hal.errors import GraphError, UnsupportedError
 from hal.ir.graph import OPSET, Graph
+from hal.ir.view import subgraphs
 
 Rule = Callable[[Graph], Iterator[str]]
 
@@ -56,49 +57,42 @@ def unknown_ops(graph: Graph) -> Iterator[str]:
     """Yield ``Op (node 'name')`` for default-domain nodes with neither schema nor function body."""
     bodies = {(f.domain, f.name) for f in graph.model.functions.values()}
     for node in graph.nodes():
-        if node.domain in ("", "ai.onnx") and (node.domain, node.op_type) not in bodies:
-            if not onnx.defs.has(node.op_type, OPSET, ""):
-                yield f"{node.op_type} (node {node.name!r})"
+        standard = node.domain in ("", "ai.onnx") and (node.domain, node.op_type) not in bodies
+        if standard and not onnx.defs.has(node.op_type, OPSET, ""):
+            yield f"{node.op_type} (node {node.name!r})"
 
 
 def _values(graph: Graph) -> Iterator[str]:
-    defined: set[str] = set()
+    yield from _scope(graph.graph, defined=set(), outer=set())
 
-    def visit(body: ir.Graph, outer: set[str]) -> Iterator[str]:
-        local = set(outer)
-        for value in [*body.inputs, *body.initializers.values()]:
-            if not value.name:
-                yield "an input or initializer has no name"
-            elif value.name in defined and not value.is_initializer():
-                yield f"value {value.name!r} is defined twice"
-            defined.add(value.name or "")
-            local.add(value.name or "")
-        for name, value in body.initializers.items():
-            if value.const_value is None:
-                yield f"initializer {name!r} has no value"
-        for node in body:
-            for used in node.inputs:
-                if used is not None and used.name not in local:
-                    yield f"node {node.name!r} ({node.op_type}) uses {used.name!r} before it is defined"
-            for attribute in node.attributes.values():
-                if attribute.is_ref():
-                    continue
-                if attribute.type == ir.AttributeType.GRAPH:
-                    yield from visit(attribute.as_graph(), local)
-                elif attribute.type == ir.AttributeType.GRAPHS:
-                    for inner in attribute.as_graphs():
-                        yield from visit(inner, local)
-            for made in node.outputs:
-                if made.name and made.name in defined:
-                    yield f"value {made.name!r} is defined twice"
-                if made.name:
-                    defined.add(made.name)
-                    local.add(made.name)
-        for result in body.outputs:
-            if result.name not in local:
-                yield f"output {result.name!r} is never computed"
 
-    yield from visit(graph.graph, set())
+def _scope(body: ir.Graph, *, defined: set[str], outer: set[str]) -> Iterator[str]:
+    """Check one graph; ``defined`` grows over the whole model, ``outer`` is what it may capture."""
+    local = set(outer)
+    for value in [*body.inputs, *body.initializers.values()]:
+        name = value.name or ""
+        if not name:
+            yield "an input or initializer has no name"
+        elif value.is_initializer() and value.const_value is None and not value.is_graph_input():
+            yield f"initializer {name!r} has no value"
+        elif name in defined and not value.is_initializer():
+            yield f"value {name!r} is defined twice"
+        defined.add(name)
+        local.add(name)
+    for node in body:
+        missing = [v.name for v in node.inputs if v is not None and v.name not in local]
+        for name in missing:
+            where = f"node {node.name!r} ({node.op_type})"
+            yield f"{where} uses {name!r} before it is defined"
+        for inner in subgraphs(node):
+            yield from _scope(inner, defined=defined, outer=local)
+        for name in (v.name for v in node.outputs if v.name):
+            if name in defined:
+                yield f"value {name!r} is defined twice"
+            defined.add(name)
+            local.add(name)
+    for name in (v.name for v in body.outputs if v.name not in local):
+        yield f"output {name!r} is never computed"
 
 
 def _ops(graph: Graph) -> Iterator[str]:
@@ -109,7 +103,8 @@ def _ops(graph: Graph) -> Iterator[str]:
         schema = onnx.defs.get_schema(node.op_type, OPSET, "")
         where = f"node {node.name!r} ({node.op_type})"
         if not schema.min_input <= len(node.inputs) <= schema.max_input:
-            yield f"{where} has {len(node.inputs)} inputs, not {schema.min_input}-{schema.max_input}"
+            limits = f"{schema.min_input}-{schema.max_input}"
+            yield f"{where} has {len(node.inputs)} inputs, not {limits}"
         if not schema.min_output <= len(node.outputs) <= schema.max_output:
             yield f"{where} has {len(node.outputs)} outputs"
         for name in node.attributes:

@@ -15,8 +15,8 @@ def to_networkx(graph: Graph) -> nx.DiGraph:
     """Directed graph of the top-level nodes, inputs and initializers.
 
     Vertices are ``ir.Node`` objects, and ``ir.Value`` objects for graph inputs and initializers.
-    An edge carries ``value`` (the ``ir.Value``) and ``bytes`` (see :func:`value_bytes`); where a node
-    uses several values of one producer the bytes add up.
+    An edge carries ``value`` (the ``ir.Value``) and ``bytes`` (see :func:`value_bytes`); where a
+    node uses several values of one producer the bytes add up.
     """
     view: nx.DiGraph = nx.DiGraph()
     for value in [*graph.graph.inputs, *graph.graph.initializers.values()]:
@@ -40,7 +40,7 @@ def used_values(node: ir.Node) -> Iterator[ir.Value]:
         if value is not None and value not in seen:
             seen.add(value)
             yield value
-    for inner in _subgraphs(node):
+    for inner in subgraphs(node):
         for nested in inner.all_nodes():
             for value in nested.inputs:
                 if value is not None and value.graph is node.graph and value not in seen:
@@ -52,7 +52,8 @@ def used_values(node: ir.Node) -> Iterator[ir.Value]:
                 yield value
 
 
-def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """Graphs that a node holds as attributes (branches of If, bodies of Loop and Scan)."""
     for attribute in node.attributes.values():
         if attribute.is_ref():
             continue
@@ -63,7 +64,7 @@ def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
 
 
 def value_bytes(value: ir.Value, dynamic: int = 1) -> int:
-    """Bytes of one value; dynamic and unknown dims count as ``dynamic``, unknown dtypes as 4 bytes."""
+    """Bytes of one value; dynamic dims count as ``dynamic``, elements of unknown dtype as 4."""
     if value.const_value is not None:
         return value.const_value.nbytes
     dims = value.shape if value.shape is not None else ()

@@ -1,4 +1,4 @@
-"""Arrays in: numpy, or anything that speaks DLPack or the array protocol; checked against the signature."""
+"""Inputs of a call: numpy, or anything that speaks DLPack; checked against the signature."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def as_numpy(value: Any, spec: TensorSpec) -> Any:
         )
     if spec.dims is not None and array.ndim != len(spec.dims):
         raise InputError(
-            f"input {spec.name!r} has rank {array.ndim} (shape {list(array.shape)}), expected {spec}",
+            f"input {spec.name!r} has rank {array.ndim} ({list(array.shape)}), expected {spec}",
             "add or remove axes to match",
         )
     return array
@@ -55,10 +55,12 @@ def check_inputs(given: Mapping[str, Any], specs: Iterable[TensorSpec]) -> dict[
     ]
     if missing:
         raise InputError(
-            f"input {missing[0]!r} is missing", "expected " + ", ".join(str(s) for s in wanted.values())
+            f"input {missing[0]!r} is missing",
+            "expected " + ", ".join(str(s) for s in wanted.values()),
         )
     arrays = {
-        name: as_numpy(given[name], spec) if name in given else None for name, spec in wanted.items()
+        name: as_numpy(given[name], spec) if name in given else None
+        for name, spec in wanted.items()
     }
     bind_dims(arrays, wanted.values())
     return arrays
@@ -79,7 +81,7 @@ def bind_dims(arrays: Mapping[str, Any], specs: Iterable[TensorSpec]) -> dict[st
             if isinstance(dim, int):
                 if extent != dim:
                     raise InputError(
-                        f"input {spec.name!r} has extent {extent} on axis {axis}, expected {dim} ({spec})",
+                        f"input {spec.name!r} has extent {extent} on axis {axis}, expected {dim}",
                         "this axis is static; compile with --dynamic to make it free",
                     )
             elif dim.isidentifier():
@@ -102,7 +104,7 @@ def _to_array(value: Any, spec: TensorSpec) -> np.ndarray:
         try:
             return np.from_dlpack(value)
         except (TypeError, RuntimeError, BufferError, ValueError):
-            pass  # dtypes numpy's DLPack lacks (bfloat16, bool in old producers): use the array protocol
+            pass  # dtypes that numpy's DLPack lacks: use the array protocol
     if hasattr(value, "__array__"):
         try:
             return np.asarray(value)

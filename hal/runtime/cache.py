@@ -22,10 +22,9 @@ _LEFTOVER_SECONDS = 24 * 3600
 
 def cache_folder(kind: str) -> Path:
     """Folder for cache entries of one kind: ``$HAL_CACHE`` or the user's cache folder."""
-    base = os.environ.get("HAL_CACHE")
-    if not base:
-        base = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hal")
-    folder = Path(base) / kind
+    chosen = os.environ.get("HAL_CACHE")
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = (Path(chosen) if chosen else user / "hal") / kind
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -48,7 +47,7 @@ def entry_writer(entry: Path) -> Iterator[Path]:
     try:
         yield temporary
         try:
-            os.rename(temporary, entry)
+            temporary.rename(entry)
         except OSError:
             if not entry.is_dir():  # otherwise another process published the same content first
                 raise

@@ -1,4 +1,4 @@
-"""Sample inputs: seeded random arrays that fit a signature, for verification, `hal run` and `hal bench`."""
+"""Seeded random inputs that fit a signature, for verification, `hal run` and `hal bench`."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -156,7 +156,7 @@ class Session:
         """Release the executable."""
         self.executable.close()
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -182,12 +182,15 @@ def empty_state(state: State, spec: TensorSpec, batch: int) -> np.ndarray:
             dims.append(batch)
         else:
             raise BundleError(
-                f"state {state.name!r} has a dynamic axis {axis} ({dim})", "only batch and growth may be"
+                f"state {state.name!r} has a dynamic axis {axis} ({dim})",
+                "only batch and growth may be",
             )
     return np.zeros(dims, np.dtype(spec.dtype))
 
 
-def open_session(bundle: Bundle, target: str | None = None, *, threads: int | None = None) -> Session:
+def open_session(
+    bundle: Bundle, target: str | None = None, *, threads: int | None = None
+) -> Session:
     """Load a build; without ``target``, the best one in the bundle that can run here.
 
     Raises:
@@ -216,7 +219,7 @@ def open_session(bundle: Bundle, target: str | None = None, *, threads: int | No
 
 
 def find_build(target: str, builds: Iterable[str]) -> str | None:
-    """The build that ``target`` means: its full name, or its first route (``host`` → ``host:tvm``)."""
+    """The build that ``target`` means: its full name, or the target's first route."""
     names = list(builds)
     if target in names:
         return target

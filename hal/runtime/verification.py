@@ -1,7 +1,7 @@
 """Is a build right? Its outputs against the reference's, and where they first part if they do not.
 
-The reference is computed from the graph as the frontend made it, before any pass, so a wrong pass, a
-wrong kernel and a wrong conversion all show.
+The reference is computed from the graph as the frontend made it, before any pass, so a wrong pass,
+a wrong kernel and a wrong conversion all show.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ RELATIVE_TOLERANCE = {"float64": 1e-5, "float32": 1e-3, "float16": 2e-2, "bfloat
 ABSOLUTE_TOLERANCE = {"float64": 1e-7, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Allowed max error near zero, added to the relative part."""
 
-RANDOM_OPS = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+RANDOM_OPS = {
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+    "Bernoulli",
+    "Multinomial",
+}
 """Ops whose results differ from run to run by definition."""
 
 Step = dict[str, Any]
@@ -42,9 +49,7 @@ class Reference:
     outputs: tuple[Step, ...]
 
 
-def reference_for(
-    graph: Graph, samples: Step | None = None, *, seed: int = 0
-) -> Reference | str:
+def reference_for(graph: Graph, samples: Step | None = None, *, seed: int = 0) -> Reference | str:
     """Run the reference on sample inputs: one call, or a prefill and two decode steps with state.
 
     Returns:
@@ -59,7 +64,9 @@ def reference_for(
         steps = [samples or sample_inputs(specs, seed=seed, metadata=graph.metadata)]
         if graph.state and samples is None:
             steps += [
-                sample_inputs(specs, seed=seed + i, metadata=graph.metadata, extents={"sequence": 1})
+                sample_inputs(
+                    specs, seed=seed + i, metadata=graph.metadata, extents={"sequence": 1}
+                )
                 for i in (1, 2)
             ]
         outputs = run_reference(graph, steps)
@@ -108,7 +115,12 @@ def compare(name: str, actual: Any, expected: Any) -> dict[str, Any]:
     """Error figures of one output; sequences are compared item by item."""
     if isinstance(expected, (list, tuple)):
         if not isinstance(actual, (list, tuple)) or len(actual) != len(expected):
-            return {"passed": False, "max_error": None, "mean_error": None, "reason": "other length"}
+            return {
+                "passed": False,
+                "max_error": None,
+                "mean_error": None,
+                "reason": "other length",
+            }
         items = [compare(name, a, e) for a, e in zip(actual, expected, strict=True)]
         result = {"passed": True, "max_error": 0.0, "mean_error": 0.0, "tolerance": 0.0}
         for item in items:
@@ -122,12 +134,18 @@ def compare(name: str, actual: Any, expected: Any) -> dict[str, Any]:
             "passed": False,
             "max_error": None,
             "mean_error": None,
-            "reason": f"{actual.dtype}{list(actual.shape)}, expected {expected.dtype}{list(expected.shape)}",
+            "reason": f"{actual.dtype}{list(actual.shape)}, "
+            f"expected {expected.dtype}{list(expected.shape)}",
         }
     kind = np.dtype(expected.dtype)
     if kind.kind not in "fcV" and kind.name not in RELATIVE_TOLERANCE:
         wrong = int(np.count_nonzero(actual != expected))
-        return {"passed": wrong == 0, "max_error": float(wrong), "mean_error": 0.0, "tolerance": 0.0}
+        return {
+            "passed": wrong == 0,
+            "max_error": float(wrong),
+            "mean_error": 0.0,
+            "tolerance": 0.0,
+        }
     return _compare_floats(name, actual, expected)
 
 
@@ -140,7 +158,9 @@ def _compare_floats(name: str, actual: np.ndarray, expected: np.ndarray) -> dict
     error = np.abs(np.where(finite, left - right, 0))
     scale = float(np.abs(right[finite]).max()) if finite.any() else 0.0
     fallback_r, fallback_a = RELATIVE_TOLERANCE["bfloat16"], ABSOLUTE_TOLERANCE["bfloat16"]
-    tolerance = ABSOLUTE_TOLERANCE.get(dtype, fallback_a) + scale * RELATIVE_TOLERANCE.get(dtype, fallback_r)
+    tolerance = ABSOLUTE_TOLERANCE.get(dtype, fallback_a) + scale * RELATIVE_TOLERANCE.get(
+        dtype, fallback_r
+    )
     largest = float(error.max()) if error.size else 0.0
     result = {
         "passed": bool((finite | same).all()) and largest <= tolerance,
@@ -174,7 +194,7 @@ def require(figures: Mapping[str, Any], target: str, diverges: Callable[[], str]
     detail = worst.get("reason") or f"max error {worst['max_error']:.3g} > {worst['tolerance']:.3g}"
     raise CheckFailed(
         f"verification failed on {target}: output {name!r}: {detail}; {diverges()}",
-        "the build is wrong on this target; use another route, or compile with verify=False (--no-verify)",
+        "the build is wrong here; use another route, or compile with verify=False (--no-verify)",
     )
 
 

@@ -34,7 +34,7 @@ def test_use_before_definition_is_refused() -> None:
     nodes = list(graph.graph)
     graph.graph.remove(nodes[0])
     graph.graph.append(nodes[0])
-    with pytest.raises(GraphError, match="'relu'.*before it is defined"):
+    with pytest.raises(GraphError, match=r"'relu'.*before it is defined"):
         verify(graph)
 
 
@@ -47,7 +47,7 @@ def test_unknown_attributes_and_wrong_arity_are_refused() -> None:
     x = value("x", [2])
     bad = ir.node("Add", [x], name="half")
     bad.outputs[0].name = "y"
-    with pytest.raises(GraphError, match="'half' .* has 1 inputs"):
+    with pytest.raises(GraphError, match=r"'half' .* has 1 inputs"):
         verify(graph_of([x], [bad.outputs[0]], [bad]))
 
 
@@ -67,6 +67,6 @@ def test_state_must_keep_its_static_extents() -> None:
 
 def test_duplicate_names_are_refused() -> None:
     graph = mlp()
-    list(graph.graph)[0].outputs[0].name = "x"
+    next(iter(graph.graph)).outputs[0].name = "x"
     with pytest.raises(GraphError, match="'x' is defined twice"):
         verify(graph)

@@ -37,7 +37,10 @@ def test_lists_take_the_dtype_of_the_signature() -> None:
         ({"x": np.zeros((2, 4)), "y": np.zeros(2, np.float32)}, "'x' has dtype float64"),
         ({"x": np.zeros(4, np.float32), "y": np.zeros(2, np.float32)}, "'x' has rank 1"),
         ({"x": np.zeros((2, 5), np.float32), "y": np.zeros(2, np.float32)}, "extent 5 on axis 1"),
-        ({"x": np.zeros((2, 4), np.float32), "y": np.zeros(3, np.float32)}, "batch=3.*'x' has batch=2"),
+        (
+            {"x": np.zeros((2, 4), np.float32), "y": np.zeros(3, np.float32)},
+            "batch=3.*'x' has batch=2",
+        ),
         ({"x": "hello", "y": np.zeros(3, np.float32)}, "'x' cannot be read as float32"),
     ],
 )

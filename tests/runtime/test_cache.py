@@ -11,9 +11,13 @@ from hal.runtime.cache import entry_writer, publish_file
 
 
 def test_an_entry_appears_only_when_the_block_ends_well(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), entry_writer(tmp_path / "entry") as folder:
-        (folder / "half").write_text("half")
-        raise RuntimeError
+    def fail() -> None:
+        with entry_writer(tmp_path / "entry") as folder:
+            (folder / "half").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list(tmp_path.iterdir()) == []
     with entry_writer(tmp_path / "entry") as folder:
         (folder / "whole").write_text("whole")

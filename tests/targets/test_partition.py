@@ -25,7 +25,10 @@ def random_graph(choices: list[int]) -> Graph:
         pair = [values[choice % len(values)], values[(choice // 7) % len(values)]]
         node = ir.node("Add", pair, name=f"n{index}")
         node.outputs[0].name = f"v{index}"
-        node.outputs[0].shape, node.outputs[0].type = ir.Shape([4]), ir.TensorType(ir.DataType.FLOAT)
+        node.outputs[0].shape, node.outputs[0].type = (
+            ir.Shape([4]),
+            ir.TensorType(ir.DataType.FLOAT),
+        )
         values.append(node.outputs[0])
         nodes.append(node)
     return graph_of([x], [values[-1]], nodes)
@@ -36,7 +39,8 @@ def test_segments_run_in_order_give_the_whole_graph(items: list[tuple[int, bool]
     graph = random_graph([c for c, _ in items])
     nodes = list(graph.graph)
     verdicts = {
-        n: Verdict.yes() if mine else Verdict.no("test") for n, (_, mine) in zip(nodes, items, strict=True)
+        n: Verdict.yes() if mine else Verdict.no("test")
+        for n, (_, mine) in zip(nodes, items, strict=True)
     }
     made = plan(graph, "a", verdicts, "b")
     assert sorted(n.name for s in made.segments for n in s.nodes) == sorted(n.name for n in nodes)
@@ -52,7 +56,9 @@ def test_segments_run_in_order_give_the_whole_graph(items: list[tuple[int, bool]
 
 def test_one_refused_node_in_the_middle_makes_three_segments() -> None:
     graph = mlp(hidden=8)
-    verdicts = {n: Verdict.no("no relu") if n.name == "relu" else Verdict.yes() for n in graph.graph}
+    verdicts = {
+        n: Verdict.no("no relu") if n.name == "relu" else Verdict.yes() for n in graph.graph
+    }
     made = plan(graph, "chip", verdicts, "host")
     assert [s.backend for s in made.segments] == ["chip", "host", "chip"]
     assert made.summary() == "assigned 2/3 nodes to chip (66.7 %)"
@@ -63,6 +69,8 @@ def test_one_refused_node_in_the_middle_makes_three_segments() -> None:
 
 def test_no_fallback_lists_node_op_and_reason() -> None:
     graph = mlp(hidden=8)
-    verdicts = {n: Verdict.no("no relu") if n.name == "relu" else Verdict.yes() for n in graph.graph}
+    verdicts = {
+        n: Verdict.no("no relu") if n.name == "relu" else Verdict.yes() for n in graph.graph
+    }
     with pytest.raises(UnsupportedError, match=r"Relu \(node 'relu'\): no relu"):
         plan(graph, "chip", verdicts, None)
