@@ -84,7 +84,7 @@ def _weightless(
     """The model with large initializers turned into inputs, and their arrays."""
     model = graph.model.clone()
     if outputs is not None:
-        known = {v.name: v for v in _values(model.graph)}
+        known = {v.name or "": v for v in _values(model.graph)}
         for name in outputs:
             if name not in known:
                 raise GraphError(f"no value {name!r} in the graph", did_you_mean(name, known))
@@ -93,11 +93,15 @@ def _weightless(
     weights: dict[str, np.ndarray] = {}
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
-        if tensor is None or tensor.nbytes <= _EMBED_LIMIT or tensor.dtype == ir.DataType.STRING:
+        if tensor is None or tensor.dtype == ir.DataType.STRING:
+            continue
+        if tensor.nbytes <= _EMBED_LIMIT:
+            if isinstance(tensor, ir.ExternalTensor):  # the model is run from bytes, without files
+                value.const_value = ir.Tensor(tensor.numpy(), tensor.dtype, name=name)
             continue
         weights[name] = tensor.numpy()
         value.type = ir.TensorType(tensor.dtype)
-        value.shape = ir.Shape(tuple(tensor.shape))
+        value.shape = ir.Shape(tensor.shape.numpy())
         del model.graph.initializers[name]
         value.const_value = None
         if value not in model.graph.inputs:
