@@ -12,6 +12,7 @@ Weights are neither read nor copied: the new model shares its initializers with 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -101,8 +102,11 @@ def function_body(model: ir.Model, node: ir.Node) -> ir.Function | None:
     return _at_model_opset(model, node, proto)
 
 
-def schema_of(model: ir.Model, node: ir.Node) -> onnx.defs.OpSchema | None:
-    """The ONNX schema of ``node`` in the operator sets that the model imports, if there is one."""
+def schema_of(model: ir.Model, node: ir.Node) -> Any:
+    """The ``OpSchema`` of ``node`` in the operator sets that the model imports, or None.
+
+    Untyped, because onnx's stubs leave out what it knows about functions.
+    """
     version = model.opset_imports.get(node.domain)
     if version is None:
         return None
@@ -134,14 +138,14 @@ def _type_bytes(value: ir.Value | None) -> bytes | None:
     ir.serde.serialize_type_into(proto, value.type)
     if value.shape is not None and isinstance(value.type, ir.TensorType):
         ir.serde.serialize_shape_into(proto, value.shape)
-    return proto.SerializeToString()
+    return bytes(proto.SerializeToString())
 
 
 def _at_model_opset(
     model: ir.Model, node: ir.Node, proto: onnx.FunctionProto
 ) -> ir.Function | None:
     """Restate a schema's function in the model's operator sets, or None if that changes it."""
-    function = ir.from_proto(proto)
+    function = ir.serde.deserialize_function(proto)
     for domain, version in list(function.opset_imports.items()):
         target = model.opset_imports.get(domain)
         if target is None:
@@ -184,7 +188,7 @@ def _add_schema_defaults(model: ir.Model, node: ir.Node) -> None:
         return
     for name, attribute in schema.attributes.items():
         if name not in node.attributes and attribute.default_value.name:
-            node.attributes[name] = ir.from_proto(attribute.default_value)
+            node.attributes[name] = ir.serde.deserialize_attribute(attribute.default_value)
 
 
 class _Names:

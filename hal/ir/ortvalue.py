@@ -77,7 +77,7 @@ def from_ort(value: ort.OrtValue) -> Any:
         return np.empty(shape, dtype.numpy())
     size = value.tensor_size_in_bytes()
     memory = (ctypes.c_uint8 * size).from_address(value.data_ptr())
-    memory._owner = value  # type: ignore[attr-defined]  # the view keeps the runtime's value alive
+    memory._owner = value  # the view keeps the runtime's value alive
     raw = np.frombuffer(memory, np.uint8)
     if dtype.bitwidth < 8:
         return _unpacked(raw, dtype, shape)

@@ -11,7 +11,8 @@ import onnxruntime as ort
 
 from hal.descriptor import Descriptor, OnnxRuntimeRoute
 from hal.errors import UnsupportedError
-from hal.ir import Graph, State
+from hal.ir import HAL_DOMAIN, OPSET, Graph, State
+from hal.ir.ops import ensure_functions
 from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
 from hal.targets.onnxruntime.kernels import kernel_table
 from hal.targets.onnxruntime.legalize import assess, legalize, uncovered
@@ -41,8 +42,9 @@ class OnnxRuntimeBackend(Backend):
 
     def supports(self, node: ir.Node, descriptor: Descriptor) -> Verdict:
         """Claim what has a kernel, or a body all of whose nodes have one."""
+        opsets = _opsets(node)
         for inner in _with_subgraphs(node):
-            reason = _refusal(inner)
+            reason = _refusal(inner, opsets)
             if reason:
                 return Verdict.no(reason)
         return Verdict.yes()
@@ -122,26 +124,22 @@ def _with_subgraphs(node: ir.Node) -> Iterator[ir.Node]:
                 yield from graph.all_nodes()
 
 
-def _refusal(node: ir.Node) -> str:
+def _refusal(node: ir.Node, opsets: dict[str, int]) -> str:
     """Why a node cannot run, or nothing."""
-    opsets = _opsets(node)
-    version = opsets.get("", 28)
+    version = opsets.get("", OPSET)
     shell = ir.Model(ir.Graph((), (), nodes=(), opset_imports=opsets), ir_version=_IR_VERSION)
     found = assess(shell, node, version, version, kernel_table())
     if found.match is not None and not found.match.casts:
         return ""
-    if not found.inline and found.match is None:
+    if not found.inline and found.match is None and node.domain != HAL_DOMAIN:
         return found.reason
     alone = legalize(_alone(node, opsets))
     return next((reason for _, reason in uncovered(alone.model)), "")
 
 
 def _opsets(node: ir.Node) -> dict[str, int]:
-    graph = node.graph
-    while isinstance(graph, ir.Graph) and not graph.opset_imports and graph.parent_node is not None:
-        graph = graph.parent_node.graph
-    opsets = dict(graph.opset_imports) if isinstance(graph, ir.Graph) else {}
-    return opsets or {"": 28}
+    """Operator sets of the graph that a node is in; the neutral one for a node without."""
+    return dict(node.graph.opset_imports) if node.graph is not None else {"": OPSET}
 
 
 def _alone(node: ir.Node, opsets: dict[str, int]) -> Graph:
@@ -162,7 +160,9 @@ def _alone(node: ir.Node, opsets: dict[str, int]) -> Graph:
     for mine, other in zip(copy.outputs, node.outputs, strict=True):
         mine.name, mine.type, mine.shape = other.name, other.type, other.shape
     body = ir.Graph(list(inputs.values()), copy.outputs, nodes=[copy], opset_imports=opsets)
-    return Graph(ir.Model(body, ir_version=_IR_VERSION))
+    model = ir.Model(body, ir_version=_IR_VERSION)
+    ensure_functions(model)
+    return Graph(model)
 
 
 def _prepacks(graph: Graph) -> bool:

@@ -1,4 +1,4 @@
-"""Ops of ONNX Runtime's own domain that pay: ``Swish`` and ``SwiGLU`` to ``QuickGelu``.
+"""Ops of ONNX Runtime's own domain that pay: ``QuickGelu`` for ``Swish`` and ``SwiGLU``, ``MoE``.
 
 The runtime fuses most things itself; these rewrites cover what it does not see.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-CONTRIB = "com.microsoft"
+from hal.targets.onnxruntime.moe import CONTRIB, fuse_experts
 
 
 def fuse(model: ir.Model) -> ir.Model:
     """Rewrite ``model`` in place and return it. Values keep their names."""
-    changed = False
+    changed = fuse_experts(model)
     for node in list(model.graph.all_nodes()):
         if node.domain == "" and node.op_type in ("Swish", "SwiGLU"):
             changed |= _swish(node)

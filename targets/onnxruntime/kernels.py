@@ -56,10 +56,10 @@ class KernelTable:
         self._kernels: dict[tuple[str, str], list[Kernel]] = collections.defaultdict(list)
         for item in native.get_all_opkernel_def():
             if item.provider == "CPUExecutionProvider":
+                first, last = item.version_range
                 types = {name: frozenset(values) for name, values in item.type_constraints.items()}
-                self._kernels[_domain(item.domain), item.op_name].append(
-                    Kernel(*item.version_range, types)
-                )
+                kernel = Kernel(first, last, types)
+                self._kernels[_domain(item.domain), item.op_name].append(kernel)
 
     def has(self, domain: str, op_type: str) -> bool:
         """Whether there is a kernel for any version and dtype of the op."""

@@ -8,7 +8,7 @@ for the whole model, so it is chosen to leave the fewest nodes without a kernel.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx
 import onnx_ir as ir
@@ -237,7 +237,7 @@ def _cast_node(value: ir.Value, dtype: ir.DataType, name: str | None) -> ir.Node
 
 
 def _wanted(
-    formals: list[onnx.defs.OpSchema.FormalParameter], index: int, match: Match
+    formals: Sequence[onnx.defs.OpSchema.FormalParameter], index: int, match: Match
 ) -> ir.DataType | None:
     if not formals:
         return None

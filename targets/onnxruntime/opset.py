@@ -83,7 +83,7 @@ def _default(schema: onnx.defs.OpSchema, name: str) -> ir.Attr | None:
     if name not in schema.attributes:
         return None
     proto = schema.attributes[name].default_value
-    return ir.from_proto(proto) if proto.name else None
+    return ir.serde.deserialize_attribute(proto) if proto.name else None
 
 
 def _refused_dtype(node: ir.Node, schema: onnx.defs.OpSchema) -> str:

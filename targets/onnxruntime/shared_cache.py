@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from hal.ir import Graph, State
-from hal.targets.onnxruntime.fuse import CONTRIB
+from hal.targets.onnxruntime.moe import CONTRIB
 
 PAST, LAST, TOTAL, NEW = "hal.past", "hal.last", "hal.total", "hal.new"
 LENGTHS = (PAST, LAST, TOTAL, NEW)
@@ -269,7 +269,10 @@ def _rewrite(site: _Site, lengths: Mapping[str, ir.Value]) -> None:
     assert q is not None
     assert q.shape is not None
     assert site.new_key.shape is not None
-    heads, kv_heads, size = int(q.shape[1]), int(site.new_key.shape[1]), int(q.shape[3])
+    heads, size, kv_heads = q.shape[1], q.shape[3], site.new_key.shape[1]
+    assert isinstance(heads, int)
+    assert isinstance(size, int)
+    assert isinstance(kv_heads, int)
     result = node.outputs[0]
     name = result.name or "attention"
     new: list[ir.Node] = []

@@ -65,7 +65,13 @@ def externalize(
     for name, tensor in pending.items():
         offset, length = offsets[name]
         model.graph.initializers[name].const_value = ir.ExternalTensor(
-            location, offset, length, tensor.dtype, shape=tensor.shape, name=name, base_dir=bundle
+            location,
+            offset,
+            length,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=name,
+            base_dir=bundle,
         )
     return sum(length for _, length in offsets.values())
 
@@ -81,7 +87,7 @@ def write_safetensors(
     position = 0
     for name, tensor in tensors.items():
         dtype = _SAFETENSORS.get(tensor.dtype)
-        shape = [int(d) for d in tensor.shape] if dtype else [tensor.nbytes]
+        shape = list(tensor.shape.numpy()) if dtype else [tensor.nbytes]
         end = position + tensor.nbytes
         header[name] = {"dtype": dtype or "U8", "shape": shape, "data_offsets": [position, end]}
         position = end
