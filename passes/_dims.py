@@ -19,13 +19,13 @@ LIMIT = 64
 
 @dataclasses.dataclass
 class Shapes:
-    """Result of :func:`hal.passes._symbolic.analyse`: shapes and known integer elements, by value."""
+    """What :func:`hal.passes._symbolic.analyse` finds: shapes and integer elements by value."""
 
     shape: dict[ir.Value, tuple[Extent, ...]] = dataclasses.field(default_factory=dict)
     elements: dict[ir.Value, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def dims(self, value: ir.Value) -> ir.Shape | None:
-        """The shape as the IR writes it: numbers, names and expressions; unknown where not known."""
+        """The shape as the IR writes it: numbers, names, expressions; None where not known."""
         extents = self.shape.get(value)
         return None if extents is None else ir.Shape([to_dim(e) for e in extents])
 
@@ -35,7 +35,7 @@ def parse(text: str) -> Extent:
     """Expression for a dim's text; a text that is no expression is one opaque symbol."""
     try:
         return ir.SymbolicDim(text)._expr
-    except Exception:  # onnx_ir raises several types on names such as "input.1_dim_0"
+    except Exception:  # noqa: BLE001 - onnx_ir raises several types on names such as "input.1_dim_0"
         return sympy.Symbol(text, integer=True, positive=True)
 
 

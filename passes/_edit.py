@@ -85,7 +85,8 @@ class Editor:
         ``like`` gives the output its shape and dtype.
         """
         anchor = before or self._anchor
-        assert anchor is not None and anchor.graph is not None
+        assert anchor is not None
+        assert anchor.graph is not None
         node = ir.node(op_type, inputs, dict(attributes or {}), domain=domain, num_outputs=outputs)
         for value in node.outputs:
             value.name = self.fresh(f"{op_type.lower()}_out")
@@ -144,7 +145,7 @@ class Editor:
 def apply_rules(graph: Graph, rules: Iterable[Rule], *, rounds: int = 1) -> dict[str, int]:
     """Apply rules at every node in order, main graph and subgraphs; return changes by rule name.
 
-    What a rewrite leaves unused is removed. ``rounds`` repeats the sweep while it changes something.
+    What a rewrite leaves unused is removed. ``rounds`` repeats the sweep while it changes things.
     """
     by_root: dict[str, list[Rule]] = {}
     for rule in rules:

@@ -75,7 +75,7 @@ def _split(node: ir.Node, value: ir.Value) -> Section | None:
 
 
 def _picked(node: ir.Node) -> Section | None:
-    """Element 0 or 1 of the last axis of a view ``[..., n, 2]``: every other dim of ``[..., 2n]``."""
+    """Element 0 or 1 along the last axis of ``[..., n, 2]``: every other dim of ``[..., 2n]``."""
     if node.op_type == "Gather":
         size, index = rank(node.inputs[0]), scalar(node.inputs[1])
         if size is None or index is None or rank(node.inputs[1]) != 0:
@@ -177,7 +177,8 @@ def cache(
         half = edit.op("Unsqueeze", [half, edit.constant(list(range(missing)), "axes", np.int64)])
     squeezed = edit.op("Squeeze", [half, edit.constant([axis], "axes", np.int64)])
     squeezed.type = table.type
-    assert x.shape is not None and table.shape is not None
+    assert x.shape is not None
+    assert table.shape is not None
     batch: int | ir.SymbolicDim = 1 if missing else table.shape[0]
     sequence = x.shape[3 - axis]
     squeezed.shape = ir.Shape([batch, sequence, (dim(x, -1) or 0) // 2])
@@ -200,7 +201,8 @@ def _head_axis(table: ir.Value, x: ir.Value) -> int | None:
 
 def with_batch(edit: Editor, table: ir.Value, x: ir.Value) -> ir.Value:
     """Repeat a table ``[1, sequence, dims]`` for each sequence of the batch of ``x``."""
-    assert x.shape is not None and table.shape is not None
+    assert x.shape is not None
+    assert table.shape is not None
     batch = x.shape[0]
     if isinstance(batch, int):
         extent = edit.constant([batch], "batch", np.int64)
@@ -273,7 +275,7 @@ def _constant_half(edit: Editor, value: ir.Value, interleaved: bool) -> ir.Value
     return edit.tensor(ir.Tensor(np.ascontiguousarray(first)), f"{value.name}.half")
 
 
-def _concat_half(edit: Editor, node: ir.Node, interleaved: bool) -> ir.Value | None:
+def _concat_half(_edit: Editor, node: ir.Node, interleaved: bool) -> ir.Value | None:
     parts = stacked(node.outputs[0])
     if parts is not None and parts[0] is parts[1]:
         return parts[0] if parts[2] == interleaved else None

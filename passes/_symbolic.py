@@ -167,7 +167,7 @@ def _library_shape(result: Shapes, node: ir.Node) -> None:
             schema, ir.serde.serialize_node(node), types, data,
             opset_imports=[onnx.helper.make_opsetid("", OPSET)],
         )  # fmt: skip
-    except Exception:  # the library raises RuntimeError subclasses that it does not export
+    except Exception:  # noqa: BLE001 - the library raises RuntimeError subclasses that it does not export
         inferred = {}
     for value in node.outputs:
         found = inferred.get(value.name or "")

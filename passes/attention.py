@@ -227,7 +227,7 @@ def _dtype(node: ir.Node) -> ir.DataType | None:
 def _untransposed(edit: Editor, k_transposed: ir.Value) -> ir.Value:
     """Keys with the dim last, without a transpose if the graph had one to make them."""
     transpose, size = producer(k_transposed, "Transpose"), rank(k_transposed) or 0
-    order = list(range(size - 2)) + [size - 1, size - 2]
+    order = [*range(size - 2), size - 1, size - 2]
     source = k_transposed
     if transpose is not None and transpose.inputs[0] is not None:
         source = transpose.inputs[0]
@@ -295,7 +295,7 @@ def _before_repeat(edit: Editor, value: ir.Value | None) -> ir.Value | None:
         return None
     if heads is None or times is None or dim(value, 1) != heads * times:
         return None
-    assert source.shape is not None and repeated.shape is not None
+    assert source.shape is not None
     if not _same_but(source, repeated, 2):
         return None
     if [value.shape[i] for i in (0, 2, 3)] != [source.shape[i] for i in (0, 3, 4)]:
@@ -364,7 +364,7 @@ def _appended(node: ir.Node, index: int) -> ir.Node | None:
     return concat if all(usage.node is node for usage in source.uses()) else None
 
 
-def _mask_batch(edit: Editor, node: ir.Node) -> bool:
+def _mask_batch(_edit: Editor, node: ir.Node) -> bool:
     """The op broadcasts the mask itself: expansion over batch and heads is not needed."""
     expand = producer(node.inputs[3], "Expand") if len(node.inputs) > 3 else None
     if expand is None or expand.inputs[0] is None:
@@ -378,7 +378,7 @@ def _mask_batch(edit: Editor, node: ir.Node) -> bool:
     return True
 
 
-def _scale_in_full(edit: Editor, node: ir.Node) -> bool:
+def _scale_in_full(_edit: Editor, node: ir.Node) -> bool:
     """State the scale, so that nobody has to know the default; drop attributes at their default."""
     changed = False
     size = dim(node.inputs[0], -1)

@@ -39,7 +39,7 @@ class Pass(abc.ABC):
 
     @abc.abstractmethod
     def run(self, graph: Graph) -> Outcome:
-        """Edit ``graph`` in place and say what was changed. Tensors are shared: never write them."""
+        """Edit ``graph`` in place, say what was changed. Tensors are shared: never write them."""
 
     def __str__(self) -> str:
         """The pass as text: its name, and its options where they differ from the defaults."""

@@ -175,13 +175,13 @@ def _classify(
         allowed = _allowed(program, values)
         if allowed is None:
             return None
-        if not _is_telling(allowed, length, offset):
+        if not _is_telling(allowed, length):
             continue
         kinds.add(_kind_of(allowed, length, offset))
     return _agree(kinds)
 
 
-def _is_telling(allowed: np.ndarray, query: int, past: int) -> bool:
+def _is_telling(allowed: np.ndarray, query: int) -> bool:
     """False where a causal mask and no mask are the same: one query that sees all keys."""
     return query > 1 or not bool(allowed.all())
 
@@ -360,7 +360,7 @@ def _allowed(program: _Program, values: Mapping[Any, int]) -> np.ndarray | None:
     }
     try:
         (mask,) = program.run.run(None, feeds)
-    except Exception:  # a table that is too short for these lengths, an op the reference lacks
+    except Exception:  # noqa: BLE001 - a table that is too short for these lengths, an op the reference lacks
         return None
     mask = np.asarray(mask)
     if mask.ndim < 2:

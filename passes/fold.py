@@ -136,7 +136,8 @@ def _permuted(node: ir.Node, shape: list[Any]) -> list[Any]:
 def _lazy(node: ir.Node, tensors: Sequence[ir.TensorProtocol | None]) -> ir.LazyTensor:
     """The node's result as a tensor that is computed each time its bytes are read."""
     result = node.outputs[0]
-    assert result.shape is not None and result.dtype is not None
+    assert result.shape is not None
+    assert result.dtype is not None
     if is_op(node, "Transpose"):
         source, order = tensors[0], attribute(node, "perm")
         assert source is not None
@@ -182,7 +183,7 @@ def _evaluate_proto(
     )
     try:
         (computed,) = ReferenceEvaluator(model).run(None, feeds)
-    except Exception:  # an op or a dtype that the reference lacks: leave the node as it is
+    except Exception:  # noqa: BLE001 - an op or a dtype that the reference lacks: leave the node as it is
         return None
     if computed is None or isinstance(computed, list):
         return None

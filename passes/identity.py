@@ -92,9 +92,10 @@ def _neutral(edit: Editor, node: ir.Node) -> bool:
         if source is None or constant is None or not is_scalar(constant, neutral, 0.0):
             continue
         known = rank(source)
-        if known is not None and (rank(constant) or 0) <= known:
-            if node.outputs[0].dtype in (None, source.dtype):
-                return _bypass(edit, node, source)
+        if known is None or (rank(constant) or 0) > known:
+            continue
+        if node.outputs[0].dtype in (None, source.dtype):
+            return _bypass(edit, node, source)
     return False
 
 

@@ -73,7 +73,7 @@ def _times(edit: Editor, value: ir.Value, factor: float) -> ir.Value:
     return edit.op("Mul", [value, number], like=value)
 
 
-def _bias_second(edit: Editor, node: ir.Node) -> bool:
+def _bias_second(_edit: Editor, node: ir.Node) -> bool:
     first, second = node.inputs[0], node.inputs[1]
     if first is None or not is_constant(first) or producer(second, "MatMul") is None:
         return False
