@@ -50,7 +50,10 @@ def _run(arguments: list[str], debug: bool) -> int:
     try:
         result = _app.create()(args=arguments, prog_name="hal", standalone_mode=False)
         sys.stdout.flush()
-        return result if isinstance(result, int) else 0
+        code = result if isinstance(result, int) else 0
+        if code == _INTERRUPTED:  # typer itself turns Ctrl-C into this code
+            print_error("interrupted")
+        return code
     except (KeyboardInterrupt, typer.Abort):
         print_error("interrupted")
         return _INTERRUPTED
