@@ -59,16 +59,16 @@ class _Site:
     value: State
     new_key: ir.Value
     new_value: ir.Value
-    appends: tuple[ir.Node, ...]
-    """Nodes that made the present outside of the op; they go away."""
 
 
 def share_cache(graph: Graph) -> SharedCache | None:
     """Rewrite, in place, every attention that can grow its cache in place; None if there is none.
 
     Graph inputs and outputs keep their names and dtypes; the growth axis of the states concerned
-    becomes a buffer's capacity. An attention qualifies if it is causal without a mask, in float32,
-    with keys as wide as values, and if nothing else reads its cache.
+    becomes a buffer's capacity. An attention qualifies if past and present are its own inputs and
+    outputs, if it is causal without a mask, in float32, with keys as wide as values, and if nothing
+    else reads its cache. (Keys concatenated before the op do not: there, ``is_causal`` counts from
+    the first key, not from the first new one.)
     """
     sites = [site for node in graph.graph if (site := _site(graph, node)) is not None]
     if not sites:
@@ -107,19 +107,10 @@ def _site(graph: Graph, node: ir.Node) -> _Site | None:
     q, k, v = inputs[:3]
     if q is None or k is None or v is None or not _fitting_heads(q, k, v):
         return None
-    by_input = {s.input: s for s in graph.state if s.growth_axis == _AXIS and len(s.axes) == 4}
-    if inputs[4] is not None and inputs[5] is not None:
-        return _site_with_past(node, by_input)
-    if inputs[4] is None and inputs[5] is None and len(node.outputs) == 1:
-        return _site_with_concat(node, by_input)
-    return None
-
-
-def _site_with_past(node: ir.Node, by_input: Mapping[str, State]) -> _Site | None:
-    """Past and present are the op's own inputs and outputs."""
-    past_key, past_value = node.inputs[4], node.inputs[5]
+    past_key, past_value = inputs[4], inputs[5]
     if len(node.outputs) < 3 or past_key is None or past_value is None:
         return None
+    by_input = {s.input: s for s in graph.state if s.growth_axis == _AXIS and len(s.axes) == 4}
     key, value = by_input.get(past_key.name or ""), by_input.get(past_value.name or "")
     if key is None or value is None:
         return None
@@ -127,33 +118,9 @@ def _site_with_past(node: ir.Node, by_input: Mapping[str, State]) -> _Site | Non
     if any(v.name != s.output or not v.is_graph_output() for v, s in presents):
         return None
     carried = (past_key, past_value, node.outputs[1], node.outputs[2])
-    if not all(_read_only_by(v, {node}) for v in carried):
+    if not all(_read_only_by(v, node) for v in carried):
         return None
-    new_key, new_value = node.inputs[1], node.inputs[2]
-    assert new_key is not None
-    assert new_value is not None
-    return _Site(node, key, value, new_key, new_value, ())
-
-
-def _site_with_concat(node: ir.Node, by_input: Mapping[str, State]) -> _Site | None:
-    """Past and new keys are concatenated before the op."""
-    found: list[tuple[ir.Node, State, ir.Value]] = []
-    for present in (node.inputs[1], node.inputs[2]):
-        append = present.producer() if present is not None else None
-        if append is None or append.op_type != "Concat" or len(append.inputs) != 2:
-            return None
-        past, new = append.inputs
-        axis = append.attributes.get_int("axis", 0)
-        if past is None or new is None or axis not in (_AXIS, _AXIS - 4):
-            return None
-        state = by_input.get(past.name or "")
-        if state is None or present is None or present.name != state.output:
-            return None
-        if not (_read_only_by(past, {append}) and _read_only_by(present, {node})):
-            return None
-        found.append((append, state, new))
-    (first, key, new_key), (second, value, new_value) = found
-    return _Site(node, key, value, new_key, new_value, (first, second))
+    return _Site(node, key, value, k, v)
 
 
 def _plainly_causal(node: ir.Node) -> bool:
@@ -178,8 +145,8 @@ def _fitting_heads(q: ir.Value, k: ir.Value, v: ir.Value) -> bool:
     return len(dims) == 1 and isinstance(dims.pop(), int)
 
 
-def _read_only_by(value: ir.Value, nodes: set[ir.Node]) -> bool:
-    return all(u.node in nodes or _is_shape(u.node) for u in value.uses())
+def _read_only_by(value: ir.Value, node: ir.Node) -> bool:
+    return all(u.node is node or _is_shape(u.node) for u in value.uses())
 
 
 def _is_shape(node: ir.Node) -> bool:
@@ -308,13 +275,12 @@ def _rewrite(site: _Site, lengths: Mapping[str, ir.Value]) -> None:
     new.append(split)
     apart = _append(new, "Reshape", [fused.outputs[0], split.outputs[0]], f"{name}/apart")
     last = _append(new, "Transpose", [apart], name, perm=_HEADS_LAST)
-    old_present = [a.outputs[0] for a in site.appends] or list(node.outputs[1:3])
     ir.convenience.replace_nodes_and_values(
         graph,
         node,
-        [node, *site.appends],
+        [node],
         new,
-        [result, *old_present],
+        [result, *node.outputs[1:3]],
         [last, fused.outputs[1], fused.outputs[2]],
     )
 
