@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hal.descriptor import Descriptor
+from hal.passes.assemble import Assemble
 from hal.passes.attention import FuseAttention
 from hal.passes.base import Pipeline
 from hal.passes.causal_mask import CausalMask
@@ -42,6 +43,7 @@ def fusions() -> Pipeline:
     return Pipeline(
         "fuse",
         (
+            Assemble(),
             CanonicalMatMul(),
             FoldConv(),
             FuseRmsNorm(),

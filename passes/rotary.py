@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from hal.ir import Graph
@@ -93,11 +94,20 @@ def _by_parts(edit: Editor, node: ir.Node) -> bool:
     for x1, cos in operand_orders(first):
         for x2, sin in operand_orders(second):
             source = pair(x1, x2)
-            if source is None or source[1] != parts[2]:
+            if source is None or (parts[2] and not source[1]):
                 continue
-            if _is_imaginary(imaginary, x1, x2, cos, sin):
-                return _emit(edit, node, _Match(source[0], cos, sin, parts[2], halved=True))
+            if not _is_imaginary(imaginary, x1, x2, cos, sin):
+                continue
+            x = source[0] if source[1] == parts[2] else _evens_then_odds(edit, source[0])
+            return _emit(edit, node, _Match(x, cos, sin, parts[2], halved=True))
     return False
+
+
+def _evens_then_odds(edit: Editor, x: ir.Value) -> ir.Value:
+    """For code that reads alternating dims and writes halves: reorder once, then rotate halves."""
+    size = dim(x, -1) or 0
+    order = edit.constant([*range(0, size, 2), *range(1, size, 2)], "order", np.int64)
+    return edit.op("Gather", [x, order], {"axis": -1}, like=x)
 
 
 def _is_imaginary(node: ir.Node, x1: ir.Value, x2: ir.Value, cos: ir.Value, sin: ir.Value) -> bool:
