@@ -125,6 +125,7 @@ _TINY: dict[str, tuple[type, type, dict[str, Any]]] = {
             "hidden_sizes": [8, 16, 24, 32],
             "depths": [1, 1, 1, 1],
             "num_labels": 5,
+            "image_size": 32,  # no field of its own; read by whoever needs an input size
         },
     ),
     "convnext": (
