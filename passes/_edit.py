@@ -260,7 +260,7 @@ def scalar(value: ir.Value | None) -> float | None:
 def is_scalar(value: ir.Value | None, expected: float, tolerance: float = 1e-6) -> bool:
     """True when ``value`` is a one-element constant equal to ``expected``."""
     found = scalar(value)
-    return found is not None and math.isclose(found, expected, rel_tol=tolerance, abs_tol=1e-12)
+    return found is not None and math.isclose(found, expected, rel_tol=tolerance)
 
 
 def ints(value: ir.Value | None) -> list[int] | None:

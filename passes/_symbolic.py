@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx.defs
+import onnx.numpy_helper
 import onnx.shape_inference
 import onnx_ir as ir
 import sympy
@@ -158,9 +159,9 @@ def _library_shape(result: Shapes, node: ir.Node) -> None:
         if value.type is None or not value.name:
             return
         types[value.name] = _type_proto(value, result.shape.get(value), names)
-        tensor = value.const_value
-        if tensor is not None and tensor.size <= LIMIT:
-            data[value.name] = ir.serde.serialize_tensor(tensor)
+        found = _data(result, value)
+        if found is not None:
+            data[value.name] = found
     try:
         schema = onnx.defs.get_schema(node.op_type, OPSET, "")
         inferred = onnx.shape_inference.infer_node_outputs(
@@ -175,6 +176,19 @@ def _library_shape(result: Shapes, node: ir.Node) -> None:
             _take(result, value, found, names)
     if node.op_type == "Attention":
         _attention_shape(result, node)
+
+
+def _data(result: Shapes, value: ir.Value) -> onnx.TensorProto | None:
+    """The elements of a small tensor, if they are known to be numbers."""
+    tensor = value.const_value
+    if tensor is not None:
+        return ir.serde.serialize_tensor(tensor) if tensor.size <= LIMIT else None
+    elements = result.elements.get(value)
+    numbers = known(elements) if elements is not None else None
+    if elements is None or numbers is None or value.dtype is None:
+        return None
+    array = np.array(numbers, dtype=value.dtype.numpy()).reshape(elements.shape)
+    return onnx.numpy_helper.from_array(array, value.name)
 
 
 def _attributes(node: ir.Node) -> list[ir.Attr]:

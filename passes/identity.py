@@ -19,6 +19,7 @@ from hal.passes._edit import (
     producer,
     rank,
     same_dims,
+    scalar,
 )
 from hal.passes.base import Outcome, Pass
 
@@ -89,7 +90,7 @@ def _neutral(edit: Editor, node: ir.Node) -> bool:
     sides = [(0, 1), (1, 0)] if node.op_type in ("Add", "Mul") else [(0, 1)]
     for kept, other in sides:
         source, constant = node.inputs[kept], node.inputs[other]
-        if source is None or constant is None or not is_scalar(constant, neutral, 0.0):
+        if source is None or constant is None or scalar(constant) != neutral:
             continue
         known = rank(source)
         if known is None or (rank(constant) or 0) > known:
