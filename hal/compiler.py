@@ -50,6 +50,9 @@ SAMPLES = "samples.safetensors"
 SAMPLE_BYTES = 16 << 20
 """Example inputs up to this size are kept in the bundle, for `hal verify` to use again."""
 
+TOKENIZER_FOLDER = "tokenizer"
+"""Where the source's tokenizer files and generation settings go in a bundle."""
+
 Progress = Callable[[str], None]
 """Called with a sentence when the compiler begins something that may take long."""
 
@@ -340,7 +343,7 @@ def _user_samples(graph: Graph, inputs: Any) -> dict[str, Any] | None:
 
 def _copy_assets(assets: Mapping[str, Path], folder: Path) -> None:
     for name, path in assets.items():
-        goal = folder / name
+        goal = folder / TOKENIZER_FOLDER / name
         goal.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, goal)
 
