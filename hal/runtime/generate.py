@@ -87,8 +87,8 @@ def generate(
     stream = None
     if isinstance(prompt, str):
         tokenizer = Tokenizer.from_bundle(session.bundle.files)
-        stream = TextStream(tokenizer)
         ids = tokenizer.encode(prompt)
+        stream = TextStream(tokenizer, ids)
     else:
         ids = [int(i) for i in np.asarray(prompt).reshape(-1)]
     if not ids:

@@ -40,13 +40,21 @@ class Tokenizer:
 
 
 class TextStream:
-    """Turns a stream of ids into pieces of text, holding back bytes of unfinished characters."""
+    """Turns a stream of ids into pieces of text, holding back bytes of unfinished characters.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    ``before`` are ids that come before the stream and are not part of it (a prompt): decoders treat
+    the first token of a text differently, so the stream must not begin with its own first token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: list[int] | None = None) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._settled = 0  # ids before this one are out already and only give context
         self._sent = ""
+        context = (before or [])[-1:]
+        text = tokenizer.decode(context)
+        if text and not text.endswith("\ufffd"):
+            self._ids, self._sent = context, text
 
     def push(self, token: int) -> str:
         """Add one id; return the text that is complete now (often empty)."""
