@@ -106,7 +106,7 @@ def validate_command(
 
 
 def schema_command(
-    json: Annotated[  # noqa: ARG001
+    json: Annotated[
         bool, typer.Option("--json", help="Accepted for uniformity: the output is JSON anyway.")
     ] = False,
 ) -> None:
