@@ -86,12 +86,20 @@ def bench_command(
     json: Json = False,
 ) -> None:
     """Measure builds of a bundle, in turns: latency, throughput, peak memory, load time."""
+    from hal.runtime.session import find_build
+
     opened = open_bundle(bundle)
     names = target or list(opened.targets)
     if not names:
         raise TargetError(
             f"{bundle} has no builds", f"hal retarget {bundle} --target host -o OUT.hal"
         )
+    for name in names:
+        if find_build(name, opened.targets) is None:
+            raise TargetError(
+                f"the bundle has no build for {name!r} (it has {', '.join(opened.targets)})",
+                f"add one: hal retarget {bundle} --target {name} -o OUT.hal",
+            )
     extents = {"batch": 1, **parse_dims(dim or [])}
     plan = Plan(rounds, runs, warmup, prompt_tokens, seed, extents, threads or usable_cores())
     with progress(quiet=json) as say:

@@ -40,7 +40,11 @@ def test_the_list_of_commands_is_shown_without_arguments(hal_command: Hal) -> No
         (["compil"], "No such command 'compil'. Did you mean 'compile'?", "see hal --help"),
         (["compile"], "Missing argument 'MODEL'.", "see hal compile --help"),
         (["run", "x.hal", "--seeed", "1"], "No such option: --seeed", "see hal run --help"),
-        (["bench", "x.hal", "--runs", "many"], "Invalid value for '--runs'", "see hal bench --help"),
+        (
+            ["bench", "x.hal", "--runs", "many"],
+            "Invalid value for '--runs'",
+            "see hal bench --help",
+        ),
     ],
 )
 def test_wrong_usage_is_told_in_two_lines(
