@@ -11,13 +11,14 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+import tvm
 
 from hal.ir import OPSET, Graph
 from hal.targets.tvm.dtypes import to_storage
 from hal.targets.tvm.legalize import legalize
 from hal.targets.tvm.lower import lower
 from hal.targets.tvm.lowering import Shaping
-from hal.targets.tvm.program import DEFAULT_TARGET, Program, as_tensor, compile_module
+from hal.targets.tvm.program import DEFAULT_TARGET, Program, compile_module
 
 
 def compile_model(
@@ -45,7 +46,7 @@ def compile_graph(
     for value in lowered.weights:
         tensor = value.const_value
         assert tensor is not None
-        weights.append(as_tensor(to_storage(tensor.numpy(), tensor.dtype)))
+        weights.append(tvm.runtime.tensor(to_storage(tensor.numpy(), tensor.dtype)))
     library = compile_module(lowered.module, target)
     return Program(library, lowered.inputs, lowered.outputs, weights)
 

@@ -16,7 +16,7 @@ def legalize(graph: Graph, shaping: Shaping) -> Graph:
     graph = graph.clone()
     infer_types(graph.model)
     for _ in range(_MAX_ROUNDS):
-        refused = [n for n in check(graph, shaping) if may_have_body(graph.model, n)]
+        refused = [n for n in check(graph.graph, shaping) if may_have_body(graph.model, n)]
         refused = [n for n in refused if _MARK not in n.metadata_props]
         if not refused:
             break

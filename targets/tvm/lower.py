@@ -45,7 +45,7 @@ def lower(graph: Graph, shaping: Shaping) -> Lowered:
     Raises:
         UnsupportedError: a node cannot be lowered; the text lists nodes and reasons.
     """
-    walk = _Walk(graph, shaping)
+    walk = _Walk(graph.graph, shaping)
     refused = walk.run()
     if refused:
         lines = [f"{node.op_type} {node.name or ''}: {why}" for node, why in refused.items()]
@@ -56,7 +56,7 @@ def lower(graph: Graph, shaping: Shaping) -> Lowered:
     return walk.finish()
 
 
-def check(graph: Graph, shaping: Shaping) -> dict[ir.Node, str]:
+def check(graph: ir.Graph, shaping: Shaping) -> dict[ir.Node, str]:
     """Nodes that :func:`lower` would refuse, and why; a dry run, nothing is compiled."""
     return _Walk(graph, shaping).run()
 
@@ -64,8 +64,8 @@ def check(graph: Graph, shaping: Shaping) -> dict[ir.Node, str]:
 class _Walk:
     """One pass over the nodes inside the scope of a Relax function."""
 
-    def __init__(self, graph: Graph, shaping: Shaping) -> None:
-        self._graph = graph.graph
+    def __init__(self, graph: ir.Graph, shaping: Shaping) -> None:
+        self._graph = graph
         self._symbols = Symbols()
         self._builder = relax.BlockBuilder()
         self._context = Lowering(self._builder, shaping, self._symbols)

@@ -177,7 +177,8 @@ class Lowering:
         ]
         if scalars:
             kernel = te.create_prim_func([*tensors, *scalars, *outputs], "int64")
-        return kernel.without_attr("global_symbol"), scalars
+        # Passes of TVM want no symbol to be defined twice in a module.
+        return tvm.s_tir.renew_defs(kernel.without_attr("global_symbol")), scalars
 
     def emit_scalar(self, operand: Operand) -> Operand:
         """A tensor of one element, reshaped to rank 0."""
@@ -201,6 +202,25 @@ class Lowering:
             )
 
         return self.te(kernel, *operands, name=name, dtype=dtype)
+
+    def call_kernel(
+        self,
+        kernel: Any,
+        operands: Sequence[Operand],
+        outputs: Sequence[tuple[Sequence[Dim], str]],
+        name: str,
+        scalars: Sequence[Dim] = (),
+    ) -> list[Operand]:
+        """Bind a call of a hand-written kernel; ``outputs`` are shapes and TVM dtypes."""
+        var = self.builder.add_func(kernel.without_attr("global_symbol"), name)
+        kinds = [relax.TensorType(list(shape), dtype) for shape, dtype in outputs]
+        arguments = [*(self.expr(o) for o in operands), *(_index(s) for s in scalars)]
+        bound = self.builder.emit(
+            relax.call_tir(var, arguments, kinds[0] if len(kinds) == 1 else kinds)
+        )
+        if len(kinds) == 1:
+            return [self.wrap(bound)]
+        return [self.wrap(self.builder.emit(bound[i])) for i in range(len(kinds))]
 
     # -- the walk ---------------------------------------------------------------------------
 

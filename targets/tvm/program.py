@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm import relax
 
+from hal.errors import InputError, UnsupportedError
 from hal.targets.tvm.dtypes import STORED_AS, from_storage, to_storage
 from hal.targets.tvm.lower import Port
+from hal.targets.tvm.pipeline import pipeline
 
-DEFAULT_TARGET = {"kind": "llvm", "opt-level": 2}
+DEFAULT_TARGET = {"kind": "llvm"}
 
 
 def compile_module(module: tvm.IRModule, target: Mapping[str, Any]) -> Any:
-    """Compile for a TVM target given as its JSON dictionary."""
-    return tvm.compile(module, target=tvm.target.Target(dict(target)))
+    """Compile for a TVM target given as its JSON dictionary.
 
-
-def as_tensor(array: np.ndarray) -> tvm.runtime.Tensor:
-    """A TVM tensor over the array's memory where alignment allows, a copy otherwise.
-
-    The caller keeps ``array`` alive for as long as the tensor is used.
+    Raises:
+        UnsupportedError: code generation failed.
     """
-    if array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % 64 == 0 and array.size:
-        try:
-            return tvm.runtime.from_dlpack(array)
-        except (TypeError, ValueError, BufferError, RuntimeError):
-            pass
-    return tvm.runtime.tensor(np.ascontiguousarray(array).reshape(array.shape))
+    chosen = tvm.target.Target(dict(target))
+    try:
+        return tvm.compile(module, target=chosen, relax_pipeline=pipeline(chosen))
+    except Exception as error:  # TVM raises its own kinds
+        lines = str(error).strip().splitlines()
+        raise UnsupportedError(
+            f"TVM could not compile the graph: {lines[-1] if lines else repr(error)}",
+            "report this; meanwhile use another route",
+        ) from error
+
+
+def export(library: Any, path: Path, cross_compiler: str | None = None) -> None:
+    """Write the compiled module as a shared library."""
+    options = {}
+    if cross_compiler:
+        options["fcompile"] = tvm.support.cc.cross_compiler(cross_compiler)
+    library.export_library(str(path), **options)
+
+
+def load_library(path: Path) -> Any:
+    """Load what :func:`export` wrote."""
+    return tvm.runtime.load_module(str(path))
+
+
+def use_threads(count: int) -> None:
+    """Size the pool of this process; by itself it takes half of the processors on some machines."""
+    if "TVM_NUM_THREADS" not in os.environ:
+        tvm.get_global_func("runtime.config_threadpool")(1, count)
 
 
 class Program:
@@ -42,23 +64,36 @@ class Program:
         inputs: Sequence[Port],
         outputs: Sequence[Port],
         weights: Sequence[tvm.runtime.Tensor],
+        alive: Any = None,
     ) -> None:
         self._machine = relax.VirtualMachine(library, tvm.cpu())
         self._main = self._machine["main"]
-        self._inputs = tuple(inputs)
-        self._outputs = tuple(outputs)
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
         self._weights = list(weights)
+        self._alive = alive
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Run once; outputs by name."""
+        """Run once; outputs by name.
+
+        Raises:
+            InputError: the shapes of the inputs do not fit together or with the program.
+        """
         arguments = []
-        for port in self._inputs:
+        for port in self.inputs:
             array = to_storage(np.asarray(inputs[port.name]), port.dtype)
             if array.dtype.name != STORED_AS[port.dtype]:
                 array = array.astype(STORED_AS[port.dtype])
             arguments.append(tvm.runtime.tensor(np.ascontiguousarray(array).reshape(array.shape)))
-        results = self._main(*arguments, *self._weights)
+        try:
+            results = self._main(*arguments, *self._weights)
+        except (ValueError, TypeError, RuntimeError) as error:
+            shapes = ", ".join(f"{p.name} {a.shape}" for p, a in zip(self.inputs, arguments, strict=True))
+            raise InputError(
+                f"the inputs do not fit the program: {shapes}: {str(error).splitlines()[-1]}",
+                "check the shapes against the signature",
+            ) from error
         return {
             port.name: from_storage(result.numpy(), port.dtype)
-            for port, result in zip(self._outputs, results, strict=True)
+            for port, result in zip(self.outputs, results, strict=True)
         }

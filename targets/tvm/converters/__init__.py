@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from hal.targets.tvm.converters import cast, elementwise, reduce, shape
+from hal.targets.tvm.converters import (
+    attention,
+    cast,
+    elementwise,
+    index,
+    matmul,
+    nn,
+    norm,
+    quantize,
+    reduce,
+    shape,
+)
 from hal.targets.tvm.dims import Refused
 from hal.targets.tvm.lowering import Converter
 
-_FAMILIES = (elementwise, cast, shape, reduce)
+_FAMILIES = (elementwise, cast, shape, reduce, matmul, index, norm, quantize, attention, nn)
 
 CONVERTERS: dict[tuple[str, str], Converter] = {
     ("", name): function

@@ -202,6 +202,11 @@ def _variadic(body: Callable[[Any, Any], Any]) -> Callable[[Op], Operand]:
     return convert
 
 
+def truth(x: Any) -> Any:
+    """Whether a scalar of any dtype is not zero."""
+    return x if dtype_of(x) == "bool" else x != tirx.const(0, dtype_of(x))
+
+
 def is_nan(x: Any) -> Any:
     """Whether a float is NaN (``x != x`` is simplified away)."""
     return tirx.isnan(x.astype("float32") if dtype_of(x) in ("float16", "bfloat16") else x)

@@ -30,6 +30,10 @@ def fold(
 ) -> Operand:
     """Reduce ``x`` over ``axes``; the result has dtype ``accumulate`` (of ``x`` by default)."""
     stored = accumulate or x.stored
+    if any(isinstance(x.shape[a], int) and x.shape[a] == 0 for a in axes):
+        # A loop that never runs would leave the result unset.
+        dims = [1 if a in axes else d for a, d in enumerate(x.shape) if keep or a not in axes]
+        return op.compute(dims, lambda i: start(stored))
     reducer = te.comm_reducer(combine, start, name="fold")
     kept = [a for a in range(x.rank) if a not in axes]
 

@@ -1,0 +1,177 @@
+"""The backend's five calls; everything that needs TVM is imported when it is first used."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from hal.descriptor import Descriptor, TvmRoute
+from hal.errors import InputError, MissingExtraError, TargetError, UnsupportedError
+from hal.ir import Graph
+from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
+
+if TYPE_CHECKING:
+    from hal.targets.tvm.lowering import Shaping
+    from hal.targets.tvm.program import Program
+
+LIBRARY = "lib.so"
+
+
+class TvmBackend(Backend):
+    """Compiles segments to a shared library by Relax, TIR and LLVM."""
+
+    name = "tvm"
+
+    def __init__(self) -> None:
+        self._refused: weakref.WeakKeyDictionary[ir.Graph, dict[ir.Node, str]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def probe(self) -> Probe:
+        """Say whether TVM is installed (it is not imported: that takes seconds)."""
+        if importlib.util.find_spec("tvm") is None:
+            return Probe("absent", "the package apache-tvm is not installed")
+        try:
+            version = importlib.metadata.version("apache-tvm")
+        except importlib.metadata.PackageNotFoundError:
+            version = "unknown"
+        return Probe("present", versions={"apache-tvm": version})
+
+    def legalize(self, graph: Graph, descriptor: Descriptor) -> Graph:
+        """Inline the bodies of ops that have no kernel here."""
+        _require_tvm()
+        from hal.targets.tvm.legalize import legalize
+
+        return legalize(graph, _shaping(descriptor))
+
+    def supports(self, node: ir.Node, descriptor: Descriptor) -> Verdict:
+        """Claim a node if a dry run of the lowering converts it in its graph."""
+        _require_tvm()
+        from hal.targets.tvm.lower import check
+
+        graph = node.graph
+        if not isinstance(graph, ir.Graph):
+            return Verdict.no("the node is in a function body")
+        if graph not in self._refused:
+            self._refused[graph] = check(graph, _shaping(descriptor))
+        reason = self._refused[graph].get(node)
+        return Verdict.yes() if reason is None else Verdict.no(reason)
+
+    def build(self, graph: Graph, context: BuildContext) -> dict[str, Any]:
+        """Write ``lib.so`` and the record of inputs, outputs and weights.
+
+        Raises:
+            UnsupportedError: a node cannot be lowered or compiled.
+        """
+        _require_tvm()
+        from hal.targets.tvm.lower import lower
+        from hal.targets.tvm.program import compile_module, export
+        from hal.targets.tvm.weights import record_weights
+
+        route = _route(context.descriptor)
+        lowered = lower(graph, _shaping(context.descriptor))
+        library = compile_module(lowered.module, route.target)
+        export(library, context.folder / LIBRARY, route.cross_compiler)
+        weights = record_weights(lowered.weights, context.folder)
+        return {
+            "library": LIBRARY,
+            "inputs": [[p.name, p.dtype.name] for p in lowered.inputs],
+            "outputs": [[p.name, p.dtype.name] for p in lowered.outputs],
+            "weights": [dataclasses.asdict(w) for w in weights],
+            "tvm": importlib.metadata.version("apache-tvm"),
+        }
+
+    def load(self, record: Mapping[str, Any], context: LoadContext) -> Executable:
+        """Load the library and map the weights.
+
+        Raises:
+            TargetError: the library was made for another machine or another TVM.
+        """
+        _require_tvm()
+        from hal.targets.tvm.lower import Port
+        from hal.targets.tvm.program import Program, load_library, use_threads
+        from hal.targets.tvm.weights import Weight, load_weights
+
+        path = context.files.extracted(f"{context.folder}/{record['library']}")
+        use_threads(context.threads or available_cores())
+        weights = [Weight.from_json(w) for w in record["weights"]]
+        tensors, alive = load_weights(weights, context.files, context.folder)
+        inputs, outputs = (
+            [Port(name, ir.DataType[dtype]) for name, dtype in record[side]]
+            for side in ("inputs", "outputs")
+        )
+        try:
+            library = load_library(Path(path))
+            program = Program(library, inputs, outputs, tensors, alive)
+        except Exception as error:  # TVM raises its own kinds
+            text = str(error).strip().splitlines()
+            raise TargetError(
+                f"the build {context.folder!r} cannot be loaded here: {text[-1] if text else error!r}",
+                f"retarget the bundle on this machine; it was built with TVM {record.get('tvm')}",
+            ) from error
+        return TvmExecutable(program)
+
+
+class TvmExecutable(Executable):
+    """A loaded segment."""
+
+    def __init__(self, program: Program) -> None:
+        self._program: Program | None = program
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Run once on NumPy arrays.
+
+        Raises:
+            InputError: an input is missing, or its shape does not fit.
+        """
+        if self._program is None:
+            raise TargetError("the segment was closed", "load the bundle again")
+        missing = [p.name for p in self._program.inputs if p.name not in inputs]
+        if missing:
+            raise InputError(f"input {missing[0]!r} is missing", "pass every input by name")
+        return self._program(inputs)
+
+    def close(self) -> None:
+        """Release the virtual machine and the weights."""
+        self._program = None
+
+
+def available_cores() -> int:
+    """Processors that this process may use."""
+    try:
+        return max(1, len(os.sched_getaffinity(0)))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def _require_tvm() -> None:
+    if importlib.util.find_spec("tvm") is None:
+        raise MissingExtraError("the backend tvm", "tvm")
+
+
+def _route(descriptor: Descriptor) -> TvmRoute:
+    for route in descriptor.routes.values():
+        if isinstance(route, TvmRoute):
+            return route
+    raise TargetError(
+        f"target {descriptor.name!r} has no route through tvm",
+        "add a table [routes.tvm] with a target to its descriptor",
+    )
+
+
+def _shaping(descriptor: Descriptor) -> Shaping:
+    from hal.targets.tvm.lowering import Shaping
+
+    lanes = descriptor.vector_lanes("float32")
+    return Shaping(lanes=lanes if lanes > 1 else 4, cores=descriptor.cores or available_cores())
+
+
+__all__ = ["TvmBackend", "TvmExecutable", "UnsupportedError", "available_cores"]

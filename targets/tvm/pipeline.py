@@ -1,0 +1,38 @@
+"""The passes from a lowered Relax module to an executable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import relax
+
+
+def pipeline(target: tvm.target.Target) -> Any:
+    """Relax passes for ``tvm.compile``: legalize, fuse, schedule, plan memory."""
+
+    @tvm.transform.module_pass(opt_level=0)
+    def passes(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        with target:
+            return tvm.transform.Sequential(
+                [
+                    relax.transform.DeadCodeElimination(),
+                    relax.transform.LegalizeOps(),
+                    relax.transform.AnnotateTIROpPattern(),
+                    relax.transform.FuseOps(),
+                    relax.transform.FuseTIR(),
+                    relax.transform.RewriteDataflowReshape(),
+                    relax.transform.ToNonDataflow(),
+                    relax.transform.RemovePurityChecking(),
+                    relax.transform.CallTIRRewrite(),
+                    relax.transform.StaticPlanBlockMemory(),
+                    relax.transform.LowerAllocTensor(),
+                    relax.transform.KillAfterLastUse(),
+                    relax.transform.LowerRuntimeBuiltin(),
+                    relax.transform.ComputePrimValue(),
+                    relax.transform.VMShapeLower(),
+                    relax.transform.AttachGlobalSymbol(),
+                ]
+            )(module)
+
+    return passes
