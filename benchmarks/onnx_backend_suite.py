@@ -383,6 +383,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     from rich.progress import track
 
+    cache = tempfile.TemporaryDirectory(prefix="suite-cache-")  # builds by other code are not ours
+    os.environ["HAL_CACHE"] = cache.name
     running = run_suite(
         cases,
         options.target,

@@ -11,15 +11,20 @@ Weights are neither read nor copied: the new model shares its initializers with 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import onnx
+import onnx.shape_inference
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, ShapeInferencePass
+from onnx_ir.passes.common import InlinePass
 
 from hal.errors import GraphError
 
+logger = logging.getLogger(__name__)
+
+_SMALL = 1024  # bytes; inference may want to see shapes and axes
 _MARK = "hal.inline."
 _MAX_DEPTH = 32
 
@@ -97,7 +102,7 @@ def function_body(model: ir.Model, node: ir.Node) -> ir.Function | None:
         proto.ParseFromString(data)
     else:
         return None
-    if not proto.node:
+    if not proto.node or not _complete(proto, node):
         return None
     return _at_model_opset(model, node, proto)
 
@@ -117,11 +122,34 @@ def schema_of(model: ir.Model, node: ir.Node) -> Any:
 
 
 def infer_types(model: ir.Model) -> None:
-    """Fill in dtypes and shapes of intermediate values in place, as far as ONNX can tell.
+    """Fill in types and shapes of values in place, as far as ONNX can tell.
 
-    What cannot be inferred is left as it is; initializers are not read.
+    What cannot be inferred is left as it is; large initializers are not read. (onnx_ir's own pass
+    is not used: it makes tensors of sequences.)
     """
-    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    light = model.clone()
+    for name, value in list(light.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= _SMALL:
+            continue
+        value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
+        del light.graph.initializers[name]
+        if value not in light.graph.inputs:
+            light.graph.inputs.append(value)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(ir.to_proto(light), data_prop=True)
+    except Exception as error:  # noqa: BLE001 - onnx raises what it likes
+        logger.info("no types inferred for %s: %s", model.graph.name, error)
+        return
+    for graph, other in zip(
+        model.graphs(), ir.serde.deserialize_model(inferred).graphs(), strict=True
+    ):
+        known = ir.convenience.create_value_mapping(other)
+        for name, value in ir.convenience.create_value_mapping(graph).items():
+            found = known.get(name)
+            if found is not None and found.type is not None:
+                value.type = found.type
+                value.shape = found.shape if found.shape is not None else value.shape
 
 
 def _lacks_types(node: ir.Node) -> bool:
@@ -139,6 +167,24 @@ def _type_bytes(value: ir.Value | None) -> bytes | None:
     if value.shape is not None and isinstance(value.type, ir.TensorType):
         ir.serde.serialize_shape_into(proto, value.shape)
     return bytes(proto.SerializeToString())
+
+
+def _complete(proto: onnx.FunctionProto, node: ir.Node) -> bool:
+    """Give a value to outputs that the body leaves out; false if the body is of no use.
+
+    Bodies made for a node do not compute its optional outputs when the node has none.
+    """
+    made = {*proto.input, *(name for inner in proto.node for name in inner.output)}
+    if any(name and name not in made for inner in proto.node for name in inner.input):
+        return False  # a body made from a subgraph can lack the subgraph's own constants
+    for index, name in enumerate(proto.output):
+        if name in made:
+            continue
+        if index < len(node.outputs) and node.outputs[index].name:
+            return False
+        proto.output[index] = name or f"unused_{index}"
+        proto.node.append(onnx.helper.make_node("Constant", [], [proto.output[index]], value_int=0))
+    return True
 
 
 def _at_model_opset(
@@ -234,6 +280,8 @@ def _attach(model: ir.Model, node: ir.Node, body: ir.Function, names: _Names) ->
             if value.name:
                 value.name = names.fresh(f"{prefix}/{value.name}")
     outputs = list(body.outputs)[: len(node.outputs)]
+    for unnamed in (value for value in node.outputs if not value.name):
+        unnamed.name = names.fresh(f"{prefix}/unused")  # the inliner hands names on
     seen: set[ir.Value] = set(body.inputs)
     for index, value in enumerate(outputs):
         if value in seen:  # a value handed through: the inliner would rename the caller's input

@@ -17,7 +17,7 @@ from hal.errors import GraphError
 from hal.ir import Graph
 from hal.ir.inline import infer_types, inline_functions, may_have_body
 from hal.targets.onnxruntime import fuse
-from hal.targets.onnxruntime.kernels import KernelTable, Match, kernel_table
+from hal.targets.onnxruntime.kernels import KernelTable, Match, Miss, kernel_table
 from hal.targets.onnxruntime.opset import OLDEST, Restatement, restate
 
 ORIGIN = "hal.origin"
@@ -78,7 +78,7 @@ def assess(
     target = version if node.domain == "" else model.opset_imports.get(node.domain, 1)
     restated = restate(node, current, version)
     if isinstance(restated, Restatement):
-        found = table.match(node, target)
+        found = _refused_at(node, version) or table.match(node, target)
         if isinstance(found, Match):
             cost = _CAST_COST if found.casts else 0
             return Assessment(cost, match=found, restatement=restated)
@@ -90,6 +90,37 @@ def assess(
     origin = node.metadata_props.get(ORIGIN)
     tail = f" (in the body of {origin})" if origin else ""
     return Assessment(_MISSING_COST, reason=f"{reason}, and ONNX defines no body for it{tail}")
+
+
+def _refused_at(node: ir.Node, version: int) -> Miss | None:
+    """Nodes that have a kernel which does not do what they say, or that the loader refuses."""
+    if node.domain:
+        return None
+    ranks = [None if v is None or v.shape is None else len(v.shape) for v in node.inputs]
+    if node.op_type == "Range" and version >= 27 and ranks != [0, 0, 0]:
+        return Miss("onnxruntime's Range(27) takes scalars only")
+    if node.op_type == "Attention":
+        if len(node.outputs) > 3 and node.outputs[3].name:
+            return Miss("onnxruntime's Attention masks its qk_matmul_output otherwise")
+        if _has_short_mask(node):
+            return Miss("onnxruntime's Attention takes no mask shorter than the keys")
+    return None
+
+
+def _has_short_mask(node: ir.Node) -> bool:
+    """Whether the mask is known to cover fewer positions than there are keys."""
+    inputs = [*node.inputs, *([None] * 6)]
+    key, mask, past = inputs[1], inputs[3], inputs[4]
+    if mask is None or key is None or not mask.shape or not key.shape:
+        return False
+    axis = len(key.shape) - 2
+    lengths = [mask.shape[-1], key.shape[axis]]
+    if past is not None:
+        lengths.append(past.shape[2] if past.shape else None)
+    if not all(isinstance(n, int) for n in lengths):
+        return False
+    covered, *positions = lengths
+    return covered != sum(n for n in positions if isinstance(n, int))
 
 
 def _inline_what_lacks_kernels(model: ir.Model) -> tuple[ir.Model, int]:

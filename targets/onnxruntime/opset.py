@@ -87,9 +87,10 @@ def _default(schema: onnx.defs.OpSchema, name: str) -> ir.Attr | None:
 
 
 def _refused_dtype(node: ir.Node, schema: onnx.defs.OpSchema) -> str:
+    allowed = {c.type_param_str: set(c.allowed_type_strs) for c in schema.type_constraints}
     types = parameter_types(node, schema)
-    for constraint in schema.type_constraints:
-        wrong = types.get(constraint.type_param_str, set()) - set(constraint.allowed_type_strs)
+    for formal in (*schema.inputs, *schema.outputs):
+        wrong = types.get(formal.type_str, set()) - allowed.get(formal.type_str, {formal.type_str})
         if wrong:
             return sorted(wrong)[0]
     return ""
