@@ -43,7 +43,9 @@ def from_file(path: str | Path) -> Graph:
     except ModelError as error:
         raise ModelError(f"{path}: {error.message}", error.hint) from None
     common_passes.RemoveInitializersFromInputsPass()(model)
-    if any(n.domain == HAL_DOMAIN and n.op_identifier() not in model.functions for n in model.graph):
+    if any(
+        n.domain == HAL_DOMAIN and n.op_identifier() not in model.functions for n in model.graph
+    ):
         ensure_functions(model)
     _name_input_dims(model.graph)
     graph = Graph.from_model(model)
@@ -102,6 +104,11 @@ def _uses(model: ir.Model, op_type: str) -> bool:
 
 def _convert_old(proto: onnx.ModelProto, version: int) -> onnx.ModelProto:
     """Use ONNX's converter for opsets before ours, on a copy without the weights."""
+    if version < 9 and any(node.op_type == "Scan" for node in proto.graph.node):
+        raise ModelError(
+            f"the model uses Scan of opset {version}, which has a batch axis that newer ones lack",
+            f"re-export it with opset_version {opset.OLDEST} or newer",
+        )
     weights = {
         t.name: t
         for t in proto.graph.initializer
@@ -201,6 +208,9 @@ def _name_input_dims(graph: ir.Graph) -> None:
     """Give unnamed dynamic dims of inputs a name, such as ``x_0``."""
     for value in graph.inputs:
         if value.shape is not None:
-            for axis, dim in enumerate(value.shape):
-                if isinstance(dim, ir.SymbolicDim) and dim.value is None:
-                    value.shape[axis] = ir.SymbolicDim(f"{value.name}_{axis}")
+            value.shape = ir.Shape(
+                ir.SymbolicDim(f"{value.name}_{axis}")
+                if isinstance(dim, ir.SymbolicDim) and dim.value is None
+                else dim
+                for axis, dim in enumerate(value.shape)
+            )

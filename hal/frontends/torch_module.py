@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from hal.errors import ExportError, InputError, ModelError, did_you_mean
@@ -248,11 +249,30 @@ def _capture(
         except torch._dynamo.exc.UserError as error:
             if not symbols or "onstraint" not in str(error):
                 raise
+            _refuse_fixed(module, axes, symbols, str(error))
             return export(dict.fromkeys(symbols, torch.export.Dim.AUTO))
-    except Exception as error:
+    except ExportError:
+        raise
+    except Exception as error:  # noqa: BLE001  anything can go wrong inside a user's module
         raise ExportError(*_explain(module, error)) from None
     finally:
         module.train(training)
+
+
+def _refuse_fixed(
+    module: torch.nn.Module,
+    axes: Mapping[str, Mapping[int, str]],
+    symbols: Sequence[str],
+    text: str,
+) -> None:
+    """Raise if torch says that a named dim has only one possible size."""
+    fixed = re.search(r"marked dim_(\d+) as dynamic but .* specialized it .* \((\d+)\)", text)
+    if fixed:
+        symbol = symbols[int(fixed[1])]
+        name, axis = next(
+            (name, axis) for name, dims in axes.items() for axis, s in dims.items() if s == symbol
+        )
+        raise _fixed_error(module, name, axis, symbol, int(fixed[2]))
 
 
 def _check_dynamic(
@@ -260,16 +280,23 @@ def _check_dynamic(
     module: torch.nn.Module,
     axes: Mapping[str, Mapping[int, str]],
 ) -> None:
+    """Raise if an axis that should be dynamic came out with one size."""
     values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
     for name, dims in axes.items():
         for axis, symbol in dims.items():
-            size = values[name].shape[axis] if values.get(name) is not None else None
-            if isinstance(size, int):
-                raise ExportError(
-                    f"axis {axis} ({symbol!r}) of input {name!r} cannot be dynamic: module"
-                    f" {type(module).__name__} fixes it to {size}",
-                    "leave it out of dynamic, or remove what ties the module to that size",
-                )
+            value = values.get(name)
+            if isinstance(value, torch.Tensor) and is_concrete_int(value.shape[axis]):
+                raise _fixed_error(module, name, axis, symbol, int(value.shape[axis]))
+
+
+def _fixed_error(
+    module: torch.nn.Module, name: str, axis: int, symbol: str, size: int
+) -> ExportError:
+    return ExportError(
+        f"axis {axis} ({symbol!r}) of input {name!r} cannot be dynamic: module"
+        f" {type(module).__name__} fixes it to {size}",
+        "leave it out of dynamic, or remove what ties the module to that size",
+    )
 
 
 def _explain(module: torch.nn.Module, error: BaseException) -> tuple[str, str]:

@@ -103,9 +103,24 @@ def _translate(program: torch.export.ExportedProgram) -> ir.Model:
     except Exception as error:
         raise ExportError(*_explain(error)) from None
     assert onnx_program is not None  # None is for TorchScript only
+    _refuse_mutation(onnx_program.exported_program)
     model = onnx_program.model
     onnxscript.optimizer.optimize(model)
+    # The optimizer renames an input that is also an output.
+    for value, name in zip(model.graph.inputs, program_input_names(program), strict=True):
+        value.name = name
     return model
+
+
+def _refuse_mutation(program: torch.export.ExportedProgram | None) -> None:
+    """A graph has no side effects; torch's exporter would drop them silently."""
+    for spec in program.graph_signature.output_specs if program is not None else ():
+        if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
+            what = "buffer" if spec.kind is OutputKind.BUFFER_MUTATION else "input"
+            raise ExportError(
+                f"the model changes its {what} {spec.target!r} while it runs",
+                "take the old value as an input and return the new one",
+            )
 
 
 def _explain(error: BaseException) -> tuple[str, str]:

@@ -1,0 +1,47 @@
+"""torch.compile(..., backend="hal")."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+class Net(torch.nn.Module):
+    """Weights, buffers, and a shape that is used as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 3)
+        self.norm = torch.nn.BatchNorm1d(3)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        z = self.norm(self.linear(x)).relu()
+        return {"z": z, "sum": z.sum(-1) + x.shape[0]}
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def test_a_compiled_module_equals_eager_at_changing_sizes_and_weights() -> None:
+    net = Net().eval()
+    compiled = torch.compile(net, backend="hal", options={"verify": False})
+    for rows in (3, 5, 8):  # static first, then dynamic
+        x = torch.randn(rows, 4)
+        got, want = compiled(x), net(x)
+        torch.testing.assert_close(got["z"], want["z"].detach())
+        torch.testing.assert_close(got["sum"], want["sum"].detach())
+    with torch.no_grad():
+        net.linear.weight.add_(1)
+    torch.testing.assert_close(compiled(x)["z"], net(x)["z"].detach())
+
+
+def test_a_graph_that_cannot_be_compiled_runs_in_torch_with_a_warning() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.qr(x)[1]
+
+    x = torch.randn(3, 3)
+    compiled = torch.compile(function, backend="hal")
+    with pytest.warns(RuntimeWarning, match=r"runs in torch: .*linalg_qr"):
+        torch.testing.assert_close(compiled(x), function(x))
