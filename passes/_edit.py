@@ -302,9 +302,15 @@ def skip(value: ir.Value | None, *op_types: str) -> ir.Value | None:
     return value
 
 
+def same_extents(first: Iterable[Any], second: Iterable[Any]) -> bool:
+    """True when two runs of dims are equal and known; an unknown dim equals nothing."""
+    one, two = list(first), list(second)
+    known = all(isinstance(d, int) or d.value is not None for d in one)
+    return known and one == two
+
+
 def same_dims(first: ir.Value | None, second: ir.Value | None) -> bool:
     """True when both shapes are fully known (numbers or names) and equal."""
     if first is None or second is None or first.shape is None or second.shape is None:
         return False
-    known = all(isinstance(d, int) or d.value is not None for d in first.shape)
-    return known and list(first.shape) == list(second.shape)
+    return same_extents(first.shape, second.shape)

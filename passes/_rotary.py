@@ -18,6 +18,7 @@ from hal.passes._edit import (
     operand_orders,
     producer,
     rank,
+    same_extents,
     scalar,
 )
 
@@ -182,7 +183,7 @@ def cache(
     batch: int | ir.SymbolicDim = 1 if missing else table.shape[0]
     sequence = x.shape[3 - axis]
     squeezed.shape = ir.Shape([batch, sequence, (dim(x, -1) or 0) // 2])
-    if batch == x.shape[0]:
+    if same_extents([batch], [x.shape[0]]):
         return squeezed, axis
     return (with_batch(edit, squeezed, x), axis) if batch == 1 else None
 
@@ -192,11 +193,11 @@ def _head_axis(table: ir.Value, x: ir.Value) -> int | None:
     if size is None or size < 2 or size > 4 or table.shape is None or x.shape is None:
         return None
     padded: list[int | ir.SymbolicDim] = [*[1] * (4 - size), *table.shape]
-    if padded[0] not in (1, x.shape[0]):
+    if padded[0] != 1 and not same_extents(padded[:1], x.shape[:1]):
         return None
-    if padded[1] == 1 and padded[2] == x.shape[2]:
+    if padded[1] == 1 and same_extents(padded[2:3], x.shape[2:3]):
         return 1
-    return 2 if padded[2] == 1 and padded[1] == x.shape[1] else None
+    return 2 if padded[2] == 1 and same_extents(padded[1:2], x.shape[1:2]) else None
 
 
 def with_batch(edit: Editor, table: ir.Value, x: ir.Value) -> ir.Value:
@@ -294,7 +295,7 @@ def _reshape_half(edit: Editor, node: ir.Node, interleaved: bool) -> ir.Value | 
     old = node.outputs[0]
     if source is None or source.shape is None or old.shape is None:
         return None
-    same = list(source.shape[:-1]) == list(old.shape[:-1])
+    same = same_extents(source.shape[:-1], old.shape[:-1])
     return source if same and dim(old, -1) == 2 * (dim(source, -1) or 0) else None
 
 

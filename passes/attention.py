@@ -21,7 +21,7 @@ from hal.passes._edit import (
     operand_orders,
     producer,
     rank,
-    same_dims,
+    same_extents,
     scalar,
     single_use,
     skip,
@@ -159,8 +159,8 @@ def _scores(edit: Editor, value: ir.Value | None) -> _Scores | None:
         return None
     if node.op_type == "Add":
         for inner, mask in operand_orders(node):
-            found = _scores(edit, inner) if same_dims(inner, value) else None
-            if found is not None and _maskable(mask):
+            found = _scores(edit, inner) if _masks(mask, inner) else None
+            if found is not None:
                 return _with_mask(edit, found, node, mask)
         return None
     return _filled(edit, node, value)
@@ -171,10 +171,11 @@ def _filled(edit: Editor, node: ir.Node, value: ir.Value) -> _Scores | None:
     condition = node.inputs[0]
     for scores, fill, keep in ((1, 2, True), (2, 1, False)):
         inner, number = node.inputs[scores], scalar(node.inputs[fill])
-        if inner is None or number is None or number > MASKED or not same_dims(inner, value):
+        if number is None or number > MASKED or not _masks(condition, inner):
             continue
+        assert inner is not None
         found = _scores(edit, inner)
-        if found is None or not _maskable(condition) or found.mask is not None:
+        if found is None or found.mask is not None:
             return None
         edit.at(node)
         if not keep:
@@ -197,8 +198,24 @@ def _with_mask(edit: Editor, found: _Scores, node: ir.Node, mask: ir.Value) -> _
     return dataclasses.replace(found, mask=both)
 
 
-def _maskable(mask: ir.Value | None) -> bool:
-    return mask is not None and rank(mask) is not None
+def _masks(mask: ir.Value | None, scores: ir.Value | None) -> bool:
+    """True when ``mask`` broadcasts to the scores and not the other way round.
+
+    The last two axes may differ in name: the product with the values, and the output's rows, hold
+    only if they are equal at run time.
+    """
+    if mask is None or scores is None or mask.shape is None or scores.shape is None:
+        return False
+    size, given = len(scores.shape), list(mask.shape)
+    if len(given) > size:
+        return False
+    for axis, extent in enumerate(given, size - len(given)):
+        if extent == 1 or same_extents([extent], [scores.shape[axis]]):
+            continue
+        both_static = isinstance(extent, int) and isinstance(scores.shape[axis], int)
+        if axis < size - 2 or both_static:
+            return False
+    return True
 
 
 def _unmasked(value: ir.Value) -> _Scores | None:
@@ -247,13 +264,15 @@ def _fits(q: ir.Value, k: ir.Value, v: ir.Value) -> bool:
     if q.shape is None or k.shape is None or v.shape is None:
         return False
     heads = 1 if len(q.shape) == 4 else 0
-    if heads and not q.shape[0] == k.shape[0] == v.shape[0]:
+    if heads and not (
+        same_extents(q.shape[:1], k.shape[:1]) and same_extents(k.shape[:1], v.shape[:1])
+    ):
         return False
-    if k.shape[heads] != v.shape[heads]:
+    if not same_extents([k.shape[heads]], [v.shape[heads]]):
         return False
     query, key = dim(q, heads), dim(k, heads)
     if query is None or key is None:
-        return q.shape[heads] == k.shape[heads]
+        return same_extents([q.shape[heads]], [k.shape[heads]])
     return query % key == 0
 
 
@@ -298,7 +317,8 @@ def _before_repeat(edit: Editor, value: ir.Value | None) -> ir.Value | None:
     assert source.shape is not None
     if not _same_but(source, repeated, 2):
         return None
-    if [value.shape[i] for i in (0, 2, 3)] != [source.shape[i] for i in (0, 3, 4)]:
+    kept, given = [value.shape[i] for i in (0, 2, 3)], [source.shape[i] for i in (0, 3, 4)]
+    if not same_extents(kept, given):
         return None
     return _without_axis(edit, source)
 
@@ -336,7 +356,7 @@ def _past(edit: Editor, node: ir.Node) -> bool:
     q, new = node.inputs[0], key.inputs[1]
     if q is None or q.shape is None or new is None or new.shape is None:
         return False
-    if q.shape[2] != new.shape[2]:
+    if not same_extents([q.shape[2]], [new.shape[2]]):
         return False
     attributes = {k: a.value for k, a in node.attributes.items()}
     mask = node.inputs[3] if len(node.inputs) > 3 else None
@@ -372,7 +392,7 @@ def _mask_batch(_edit: Editor, node: ir.Node) -> bool:
     inner, outer = expand.inputs[0], expand.outputs[0]
     if inner.shape is None or outer.shape is None or len(inner.shape) < 2:
         return False
-    if list(inner.shape[-2:]) != list(outer.shape[-2:]):
+    if not same_extents(inner.shape[-2:], outer.shape[-2:]):
         return False
     node.replace_input_with(3, inner)
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -32,11 +33,12 @@ WINDOW_KEY = "hal.window"
 CAUSAL_KEY = "hal.causal"
 """Metadata of an ``Attention`` node whose mask is the causal one, aligned to the last key."""
 
-FAR = 40_000
-"""Keys to look back when telling a window from a causal mask; wider windows stay plain masks."""
+REACHES = (300, 1_500, 5_000, 40_000)
+"""Keys to look back when telling a window from a causal mask. The first is taken that is wider than
+any constant in the mask's computation; where none is, the mask stays as it is."""
 
-SQUARE = 5_000
-"""The same for a mask without a past, which has to be computed as a square."""
+BUDGET = 2**25
+"""Elements of the largest tensor that a mask's computation may make here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +124,15 @@ def _as_boolean(node: ir.Node, mask: ir.Value) -> None:
     expand = producer(condition, "Expand")
     if expand is not None and expand.inputs[0] is not None:
         condition = expand.inputs[0]
-    if condition.shape is None or list(condition.shape[-2:]) != list(mask.shape[-2:]):
+    if condition.shape is None or not _covers(condition.shape, mask.shape):
         return
     node.replace_input_with(3, condition)
+
+
+def _covers(condition: ir.Shape, mask: ir.Shape) -> bool:
+    """The last two extents are equal, or at least are not known to be broadcast."""
+    pairs = list(zip(condition[-2:], mask[-2:], strict=False))
+    return len(pairs) == 2 and all(a != 1 and (a == b or not isinstance(b, int)) for a, b in pairs)
 
 
 def _lengths(node: ir.Node, shapes: Shapes) -> tuple[Any, Any, bool] | None:
@@ -167,7 +175,7 @@ def _classify(
         return None
     kinds: set[_Kind | None] = set()
     symbols = program.symbols | query.free_symbols | past.free_symbols
-    for lengths in _bindings(program, past):
+    for lengths in _bindings(program, query, past, pasts):
         values = _bind(symbols, query, pasts | past.free_symbols, lengths)
         length, offset = int(query.subs(values)), int(past.subs(values))
         if offset < 0:
@@ -228,6 +236,7 @@ class _Program:
     run: ReferenceEvaluator
     extents: Mapping[str, np.ndarray]
     symbols: frozenset[Any]
+    shapes: tuple[tuple[Any, ...], ...]
     limit: int
     widest: int
 
@@ -237,7 +246,7 @@ def _program(mask: ir.Value, shapes: Shapes) -> _Program | None:
     nodes, extents, constants = list[ir.Node](), dict[str, np.ndarray](), dict[str, ir.Value]()
     if not _collect(mask, shapes, nodes, extents, constants, set()):
         return None
-    limit, widest = 2 * FAR, 0
+    limit, widest = 2 * REACHES[-1], 0
     for value in constants.values():
         tensor = value.const_value
         if tensor is None or tensor.nbytes > 2**26:
@@ -252,7 +261,15 @@ def _program(mask: ir.Value, shapes: Shapes) -> _Program | None:
     )
     if any(isinstance(s, sympy.Dummy) for s in symbols):
         return None
-    return _Program(ReferenceEvaluator(proto), extents, symbols, limit, widest)
+    written = [abs(int(n)) for e in extents.values() for x in e.reshape(-1) for n in _integers(x)]
+    widest = max([widest, *written])
+    made = tuple(shapes.shape[v] for n in nodes for v in n.outputs if v in shapes.shape)
+    return _Program(ReferenceEvaluator(proto), extents, symbols, made, limit, widest)
+
+
+def _integers(extent: Any) -> Iterable[Any]:
+    """Numbers in an expression; an expression that is one number is a plain constant."""
+    return extent.atoms(sympy.Integer)
 
 
 def _widest(numbers: np.ndarray) -> int:
@@ -324,19 +341,33 @@ LENGTHS = ((1, 1, 0), (1, 5, 0), (2, 3, 4), (1, 1, 7), (3, 6, 33), (1, 90, 0), (
 """Batch, sequence and past at which masks are computed; the farthest is added to these."""
 
 
-def _bindings(program: _Program, past: Any) -> list[tuple[int, int, int]]:
+def _bindings(
+    program: _Program, query: Any, past: Any, pasts: frozenset[Any]
+) -> list[tuple[int, int, int]]:
     """Lengths to try: within the tables the mask reads, and far enough to see any window.
 
     Empty when a window could be wider than what can be computed.
     """
-    beyond = program.widest + 50
-    if past.free_symbols:
-        far, reach = (1, 2, min(FAR, program.limit - 2)), FAR
-    else:
-        far, reach = (1, min(max(beyond, 300), program.limit), 0), SQUARE
-    if program.widest and min(beyond, program.limit) > reach:
-        return []
-    return [b for b in [*LENGTHS, far] if b[1] + b[2] <= program.limit]
+    usual = [b for b in LENGTHS if b[1] + b[2] <= program.limit]
+    symbols = program.symbols | query.free_symbols | past.free_symbols
+    for reach in REACHES:
+        extent = min(reach, program.limit - 2)
+        far = (1, 2, extent) if past.free_symbols else (1, extent, 0)
+        values = _bind(symbols, query, pasts | past.free_symbols, far)
+        if _peak(program, values) > BUDGET:
+            break
+        if extent >= program.widest + 50 or extent < reach:
+            return [*usual, far]
+    return []
+
+
+def _peak(program: _Program, values: Mapping[Any, int]) -> int:
+    """Elements of the largest tensor that computing the mask would make."""
+    sizes = [1]
+    for extents in program.shapes:
+        bound = [e.subs(values) for e in extents]
+        sizes.append(math.prod(int(e) for e in bound if e.is_Integer))
+    return max(sizes)
 
 
 def _bind(

@@ -30,7 +30,7 @@ def clean_up() -> Pipeline:
     )
 
 
-def default_pipeline(descriptor: Descriptor | None = None) -> Pipeline:  # noqa: ARG001
+def default_pipeline(descriptor: Descriptor | None = None) -> Pipeline:
     """The neutral pipeline: clean up, fuse to ONNX's high-level ops, clean up again.
 
     ``descriptor`` is accepted so that a caller can pass what it has; no neutral pass reads it.

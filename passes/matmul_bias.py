@@ -18,6 +18,7 @@ from hal.passes._edit import (
     is_constant,
     producer,
     rank,
+    same_extents,
     single_use,
 )
 from hal.passes.base import Outcome, Pass
@@ -98,9 +99,8 @@ def _unflattened(edit: Editor, node: ir.Node) -> bool:
         return False
     if x is None or x.shape is None or out.shape is None or target is None or len(target) != 2:
         return False
-    rows_kept = len(x.shape) > 2 and list(x.shape[:-1]) == list(out.shape[:-1])
-    known = all(isinstance(d, int) or d.value is not None for d in x.shape[:-1])
-    if not rows_kept or not known or x.shape[-1] != target[1] or rank(product.inputs[1]) != 2:
+    rows_kept = len(x.shape) > 2 and same_extents(x.shape[:-1], out.shape[:-1])
+    if not rows_kept or x.shape[-1] != target[1] or rank(product.inputs[1]) != 2:
         return False
     made = edit.op("MatMul", [x, product.inputs[1]], like=out)
     if add is not None:

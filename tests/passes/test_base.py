@@ -59,7 +59,7 @@ def test_a_repeated_pipeline_stops_when_nothing_changes():
 
 
 def test_a_broken_graph_names_the_pass_that_broke_it_and_the_one_before():
-    with pytest.raises(GraphError, match="after pass 'breaking' .which followed 'dce'."):
+    with pytest.raises(GraphError, match=r"after pass 'breaking' .which followed 'dce'."):
         Pipeline("p", (DeadCode(), Breaking())).run(a_graph())
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from hal.ir import Graph
 from hal.passes import Fold, Pipeline
-from tests.passes.toys import Toy, largest_difference, feeds, ops, same
+from tests.passes.toys import Toy, feeds, largest_difference, ops, same
 
 
 def fold(graph: Graph, **options: int) -> Graph:
@@ -89,9 +89,7 @@ def test_chains_on_large_weights_stay_lazy_and_are_right():
     graph = t.graph()
     result = fold(graph, small=64)
     assert ops(result) == {"MatMul": 1}
-    assert all(
-        isinstance(v.const_value, ir.LazyTensor) for v in result.graph.initializers.values()
-    )
+    assert all(isinstance(v.const_value, ir.LazyTensor) for v in result.graph.initializers.values())
     assert largest_difference(graph, result, feeds(graph, n=2)) < 1e-5
 
 

@@ -44,7 +44,12 @@ def test_an_op_that_returns_its_input_goes(build):
     [
         (lambda t, x: t("Cast", t("Cast", x, to=10), to=1), "Cast"),
         (lambda t, x: t("Transpose", x, perm=[0, 2, 1]), "Transpose"),
-        (lambda t, x: t("Slice", x, np.array([-1]), np.array([-99]), np.array([1]), np.array([-1])), "Slice"),
+        (
+            lambda t, x: t(
+                "Slice", x, np.array([-1]), np.array([-99]), np.array([1]), np.array([-1])
+            ),
+            "Slice",
+        ),
         (lambda t, x: t("Mul", x, 1.5), "Mul"),
         (lambda t, x: t("Sub", 0.0, x), "Sub"),
         (lambda t, x: t("Add", x, np.zeros((2, 1, 4, 6), np.float32)), "Add"),
@@ -56,9 +61,7 @@ def test_an_op_that_changes_something_stays(build, op: str):
 
 
 def test_two_transposes_become_one():
-    result = chain(
-        lambda t, x: t("Transpose", t("Transpose", x, perm=[1, 2, 0]), perm=[0, 2, 1])
-    )
+    result = chain(lambda t, x: t("Transpose", t("Transpose", x, perm=[1, 2, 0]), perm=[0, 2, 1]))
     assert ops(result, "Transpose") == {"Transpose": 1}
 
 

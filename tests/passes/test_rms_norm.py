@@ -80,7 +80,14 @@ def test_several_trailing_axes_are_one_norm():
         lambda t: norm(t, t.x, axes=(1,)),
         lambda t: norm(t, t.x, epsilon=0.5),
         lambda t: t("Div", t.x, t("Sqrt", t("ReduceMean", t("Mul", t.x, t.y), np.array([-1])))),
-        lambda t: t("Mul", t.y, t("Reciprocal", t("Sqrt", t("Add", t("ReduceMean", t("Pow", t.x, 2.0), np.array([-1])), 1e-6)))),
+        lambda t: t(
+            "Mul",
+            t.y,
+            t(
+                "Reciprocal",
+                t("Sqrt", t("Add", t("ReduceMean", t("Pow", t.x, 2.0), np.array([-1])), 1e-6)),
+            ),
+        ),
     ],
 )
 def test_what_is_no_norm_stays(build):
