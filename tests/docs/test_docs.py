@@ -1,0 +1,113 @@
+"""What the documentation shows works: every example is run, every link and diff leads somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hal
+from tests import files, models
+from tests.docs.pages import ROOT, blocks, pages, run_page
+
+NAMES = [page.relative_to(ROOT).as_posix() for page in pages()]
+EXAMPLES = sorted(
+    p.name for p in (ROOT / "examples").glob("*.py") if not p.name.startswith("train")
+)
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What pages may take for granted: ``my-model/`` (a language model with a tokenizer), its bundle
+    ``my-model.hal``, and ``model.onnx``."""
+    folder = tmp_path_factory.mktemp("material")
+    source = models.save("llama", folder, vocab_size=1536).rename(folder / "my-model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "examples" / "demo_model" / name, source)
+    hal.compile(source, target="host:onnxruntime", output=folder / "my-model.hal")
+    files.save_mlp(folder / "model.onnx")
+    return folder
+
+
+@pytest.fixture
+def workplace(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An own copy of the material as the working directory, and nothing that leaks out of it."""
+    shutil.copytree(material, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("HAL_TARGET_PATH", "")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_block_of_a_page_runs(name: str, workplace: Path) -> None:
+    run_page(ROOT / name, workplace)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_example_runs(
+    name: str, workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["my-model"] if name == "generate_text.py" else []
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_link_leads_somewhere(name: str) -> None:
+    text = (ROOT / name).read_text()
+    headings = {
+        re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-")
+        for h in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if link.startswith(("http:", "https:")):
+            continue
+        if path:
+            assert ((ROOT / name).parent / path).exists(), f"{name} links to {link}"
+        elif anchor:
+            assert anchor in headings, f"{name} has no heading {anchor!r}"
+
+
+def test_the_diffs_of_contributing_apply_and_their_tests_pass(tmp_path: Path) -> None:
+    """In a copy of the repository that comes before the installed package on the path."""
+    shutil.copytree(ROOT / "hal", tmp_path / "hal", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("passes", "targets", "kernels", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__", ".*")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    added: list[str] = []
+    for block in blocks(ROOT / "CONTRIBUTING.md"):
+        if block.language != "diff":
+            continue
+        command = ["git", "apply", "-C1", "--unsafe-paths", "-"]
+        environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+        result = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            input=block.text + "\n",
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, f"CONTRIBUTING.md:{block.line}: {result.stderr}"
+        added += re.findall(r"^\+\+\+ b/(tests/\S+)$", block.text, re.MULTILINE)
+    assert len(added) == 3  # a pass, a kernel, a target
+    for name in ("passes", "targets", "kernels"):
+        (tmp_path / name).rename(tmp_path / "hal" / name)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *added],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "passed" in result.stdout
