@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from hal.ir import HAL_DOMAIN
 from hal.targets.tvm.converters import (
     attention,
     cast,
     elementwise,
+    hal_ops,
     index,
     matmul,
     nn,
@@ -25,7 +27,7 @@ CONVERTERS: dict[tuple[str, str], Converter] = {
     ("", name): function
     for family in _FAMILIES
     for name, function in family.CONVERTERS.items()
-}
+} | {(HAL_DOMAIN, name): function for name, function in hal_ops.CONVERTERS.items()}
 """Converters by domain and op type."""
 
 
