@@ -207,7 +207,7 @@ def _masks(mask: ir.Value | None, scores: ir.Value | None) -> bool:
     if mask is None or scores is None or mask.shape is None or scores.shape is None:
         return False
     size, given = len(scores.shape), list(mask.shape)
-    if len(given) > size:
+    if not given or len(given) > size:  # a scalar is no mask
         return False
     for axis, extent in enumerate(given, size - len(given)):
         if extent == 1 or same_extents([extent], [scores.shape[axis]]):
