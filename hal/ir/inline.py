@@ -12,7 +12,7 @@ Weights are neither read nor copied: the new model shares its initializers with 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import onnx
@@ -175,7 +175,7 @@ def _complete(proto: onnx.FunctionProto, node: ir.Node) -> bool:
     Bodies made for a node do not compute its optional outputs when the node has none.
     """
     made = {*proto.input, *(name for inner in proto.node for name in inner.output)}
-    if any(name and name not in made for inner in proto.node for name in inner.input):
+    if not _closed(proto.node, made):
         return False  # a body made from a subgraph can lack the subgraph's own constants
     for index, name in enumerate(proto.output):
         if name in made:
@@ -184,6 +184,20 @@ def _complete(proto: onnx.FunctionProto, node: ir.Node) -> bool:
             return False
         proto.output[index] = name or f"unused_{index}"
         proto.node.append(onnx.helper.make_node("Constant", [], [proto.output[index]], value_int=0))
+    return True
+
+
+def _closed(nodes: Iterable[onnx.NodeProto], made: set[str]) -> bool:
+    """Whether nodes, those of their subgraphs included, read only what is defined."""
+    for node in nodes:
+        if any(name and name not in made for name in node.input):
+            return False
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                inside = {v.name for v in graph.input} | {t.name for t in graph.initializer}
+                inside |= {name for inner in graph.node for name in inner.output}
+                if not _closed(graph.node, made | inside):
+                    return False
     return True
 
 

@@ -5,6 +5,7 @@ The runtime fuses most things itself; these rewrites cover what it does not see.
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from hal.targets.onnxruntime.moe import CONTRIB, fuse_experts
@@ -16,9 +17,26 @@ def fuse(model: ir.Model) -> ir.Model:
     for node in list(model.graph.all_nodes()):
         if node.domain == "" and node.op_type in ("Swish", "SwiGLU"):
             changed |= _swish(node)
+        elif node.domain == "" and node.op_type == "Range":
+            _scalar_limits(node)
     if changed:
         model.opset_imports.setdefault(CONTRIB, 1)
     return model
+
+
+def _scalar_limits(node: ir.Node) -> None:
+    """Make scalars of limits of shape ``[1]``: the runtime refuses those if it knows the shape."""
+    for index, value in enumerate(node.inputs):
+        if value is None or value.shape is None or len(value.shape) != 1 or node.graph is None:
+            continue
+        empty = ir.node("Constant", [], attributes={"value": ir.tensor(np.array([], np.int64))})
+        scalar = ir.node("Reshape", [value, empty.outputs[0]])
+        for step, suffix in ((empty, "no_dims"), (scalar, "scalar")):
+            step.name = f"{node.outputs[0].name}/{index}/{suffix}"
+            step.outputs[0].name = step.name
+        scalar.outputs[0].type, scalar.outputs[0].shape = value.type, ir.Shape([])
+        node.graph.insert_before(node, [empty, scalar])
+        node.replace_input_with(index, scalar.outputs[0])
 
 
 def _swish(node: ir.Node) -> bool:

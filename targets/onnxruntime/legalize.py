@@ -78,7 +78,7 @@ def assess(
     target = version if node.domain == "" else model.opset_imports.get(node.domain, 1)
     restated = restate(node, current, version)
     if isinstance(restated, Restatement):
-        found = _refused_at(node, version) or table.match(node, target)
+        found = _misleading(node) or table.match(node, target)
         if isinstance(found, Match):
             cost = _CAST_COST if found.casts else 0
             return Assessment(cost, match=found, restatement=restated)
@@ -92,14 +92,9 @@ def assess(
     return Assessment(_MISSING_COST, reason=f"{reason}, and ONNX defines no body for it{tail}")
 
 
-def _refused_at(node: ir.Node, version: int) -> Miss | None:
-    """Nodes that have a kernel which does not do what they say, or that the loader refuses."""
-    if node.domain:
-        return None
-    ranks = [None if v is None or v.shape is None else len(v.shape) for v in node.inputs]
-    if node.op_type == "Range" and version >= 27 and ranks != [0, 0, 0]:
-        return Miss("onnxruntime's Range(27) takes scalars only")
-    if node.op_type == "Attention":
+def _misleading(node: ir.Node) -> Miss | None:
+    """Nodes whose kernel does not do all that the op says."""
+    if node.op_type == "Attention" and not node.domain:
         if len(node.outputs) > 3 and node.outputs[3].name:
             return Miss("onnxruntime's Attention masks its qk_matmul_output otherwise")
         if _has_short_mask(node):
