@@ -108,7 +108,7 @@ class Editor:
         value = ir.Value(
             name=name,
             type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(static_shape(tensor)),
             const_value=tensor,
         )
         self.graph.graph.register_initializer(value)
@@ -204,6 +204,11 @@ def all_values(graph: Graph) -> Iterator[ir.Value]:
             elif attribute.type == ir.AttributeType.GRAPHS:
                 for body in attribute.as_graphs():
                     yield from of(body)
+
+
+def static_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """A tensor's shape as numbers."""
+    return tuple(tensor.shape.numpy())
 
 
 def copy_type(source: ir.Value, target: ir.Value) -> None:

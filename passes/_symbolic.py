@@ -17,7 +17,7 @@ import sympy
 
 from hal.ir import OPSET, Graph
 from hal.passes._dims import LIMIT, Extent, Shapes, fresh, known, text, to_expr
-from hal.passes._edit import all_values, is_constant
+from hal.passes._edit import all_values, is_constant, static_shape
 from hal.passes._extents import ELEMENTS, SHAPES
 
 __all__ = ["Shapes", "analyse", "known"]
@@ -37,7 +37,7 @@ def analyse(graph: Graph) -> Shapes:
 
 def _start(result: Shapes, value: ir.Value) -> None:
     if is_constant(value) and value.const_value is not None:
-        result.shape[value] = tuple(sympy.Integer(int(d)) for d in value.const_value.shape)
+        result.shape[value] = tuple(sympy.Integer(d) for d in static_shape(value.const_value))
         integral = value.const_value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
         if integral and value.const_value.size <= LIMIT:
             numbers = value.const_value.numpy()
@@ -111,10 +111,10 @@ def _constant_output(result: Shapes, node: ir.Node) -> None:
     if tensor is None:
         return
     value.type = ir.TensorType(tensor.dtype)
-    result.shape[value] = tuple(sympy.Integer(int(d)) for d in tensor.shape)
+    result.shape[value] = tuple(sympy.Integer(d) for d in static_shape(tensor))
     if tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32) and tensor.size <= LIMIT:
         flat = [sympy.Integer(int(n)) for n in tensor.numpy().reshape(-1)]
-        result.elements[value] = np.array(flat, dtype=object).reshape(tuple(tensor.shape))
+        result.elements[value] = np.array(flat, dtype=object).reshape(static_shape(tensor))
 
 
 def _own_shape(result: Shapes, node: ir.Node) -> bool:
@@ -138,7 +138,9 @@ def _attention_shape(result: Shapes, node: ir.Node) -> None:
     for output, past, new in ((1, 4, 1), (2, 5, 2)):
         if len(node.outputs) <= output or len(node.inputs) <= past or node.inputs[past] is None:
             continue
-        before, added = result.shape.get(node.inputs[past]), result.shape.get(node.inputs[new])
+        old, appended = node.inputs[past], node.inputs[new]
+        before = result.shape.get(old) if old is not None else None
+        added = result.shape.get(appended) if appended is not None else None
         if before is None or added is None or len(before) != 4:
             continue
         length = added[2] if len(added) == 4 else added[1]

@@ -43,11 +43,9 @@ class Pass(abc.ABC):
 
     def __str__(self) -> str:
         """The pass as text: its name, and its options where they differ from the defaults."""
-        if not dataclasses.is_dataclass(self):
-            return self.name
         changed = [
             f"{field.name}={getattr(self, field.name)!r}"
-            for field in dataclasses.fields(self)
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
             if getattr(self, field.name) != field.default
         ]
         return f"{self.name}({', '.join(changed)})" if changed else self.name

@@ -22,6 +22,7 @@ from hal.passes._edit import (
     rank,
     remove_unused,
     scalar,
+    static_shape,
 )
 from hal.passes._symbolic import Shapes, analyse
 from hal.passes.attention import MASKED
@@ -252,7 +253,7 @@ def _program(mask: ir.Value, shapes: Shapes) -> _Program | None:
         if tensor is None or tensor.nbytes > 2**26:
             return None
         if tensor.size > 64:
-            limit = min(limit, max(tensor.shape))
+            limit = min(limit, max(static_shape(tensor)))
         else:
             widest = max(widest, _widest(tensor.numpy()))
     proto = _proto(nodes, extents, constants, mask)
@@ -269,7 +270,7 @@ def _program(mask: ir.Value, shapes: Shapes) -> _Program | None:
 
 def _integers(extent: Any) -> Iterable[Any]:
     """Numbers in an expression; an expression that is one number is a plain constant."""
-    return extent.atoms(sympy.Integer)
+    return tuple(extent.atoms(sympy.Integer))
 
 
 def _widest(numbers: np.ndarray) -> int:
@@ -400,4 +401,4 @@ def _allowed(program: _Program, values: Mapping[Any, int]) -> np.ndarray | None:
         return mask
     if not ((mask == 0) | (mask <= MASKED)).all():
         return None
-    return mask == 0
+    return np.asarray(mask == 0)

@@ -20,6 +20,7 @@ from hal.passes._edit import (
     producer,
     rank,
     single_use,
+    static_shape,
 )
 from hal.passes.base import Outcome, Pass
 
@@ -146,7 +147,7 @@ def _scaled_weight(edit: Editor, weight: ir.Value, factor: np.ndarray, axis: int
         scaled = tensor.numpy().astype(np.float64) * by_channel
         return ir.Tensor(scaled.astype(tensor.dtype.numpy()), dtype=tensor.dtype)
 
-    lazy = ir.LazyTensor(compute, dtype=tensor.dtype, shape=ir.Shape(tensor.shape))
+    lazy = ir.LazyTensor(compute, dtype=tensor.dtype, shape=ir.Shape(static_shape(tensor)))
     return edit.tensor(lazy, f"{weight.name}.folded")
 
 

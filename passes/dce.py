@@ -24,7 +24,7 @@ class DeadCode(Pass):
         """Count nodes, initializers and functions removed."""
         before = _size(graph)
         common.RemoveUnusedNodesPass()(graph.model)
-        common.RemoveUnusedFunctionsPass()(graph.model)
+        common.RemoveUnusedFunctionsPass()(graph.model)  # type: ignore[no-untyped-call]
         opset = graph.model.opset_imports.get("")
         common.RemoveUnusedOpsetsPass()(graph.model)
         if opset is not None:

@@ -21,6 +21,7 @@ from hal.passes._edit import (
     is_constant,
     is_op,
     remove_unused,
+    static_shape,
 )
 from hal.passes._symbolic import Shapes, analyse, known
 from hal.passes.base import Outcome, Pass
@@ -157,7 +158,7 @@ def _lazy(node: ir.Node, tensors: Sequence[ir.TensorProtocol | None]) -> ir.Lazy
     return ir.LazyTensor(compute, dtype=result.dtype, shape=result.shape, name=result.name)
 
 
-def _evaluate(node: ir.Node, tensors: Sequence[ir.TensorProtocol | None]) -> ir.Tensor | None:
+def _evaluate(node: ir.Node, tensors: Sequence[ir.TensorProtocol | None]) -> ir.Tensor[Any] | None:
     names = [v.name if v is not None else None for v in node.inputs]
     return _evaluate_proto(ir.serde.serialize_node(node), names, tensors)
 
@@ -166,12 +167,12 @@ def _evaluate_proto(
     proto: onnx.NodeProto,
     names: Sequence[str | None],
     tensors: Sequence[ir.TensorProtocol | None],
-) -> ir.Tensor | None:
+) -> ir.Tensor[Any] | None:
     """Run one node with the reference; None when the reference cannot."""
     inputs = dict(zip(names, tensors, strict=True))
     feeds = {n: t.numpy() for n, t in inputs.items() if n is not None and t is not None}
     infos = [
-        onnx.helper.make_tensor_value_info(n, t.dtype.value, list(t.shape))
+        onnx.helper.make_tensor_value_info(n, t.dtype.value, list(static_shape(t)))
         for n, t in inputs.items()
         if n is not None and t is not None
     ]
