@@ -7,6 +7,7 @@ generation, takes a path of its own that streams the weights once.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from tvm.script import tirx as T
@@ -25,6 +26,7 @@ def columns_per_tile(n: int, lanes: int, most: int = 4) -> int | None:
     return None
 
 
+@functools.lru_cache(maxsize=256)
 def row_major(k: int, n: int, lanes: int) -> Any | None:
     """``out[M, n] = x[M, k] @ w[k, n]`` in float32, or None where ``n`` is no multiple of ``lanes``."""
     wide = columns_per_tile(n, lanes, 4 if lanes >= 16 else 2)

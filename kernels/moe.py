@@ -8,6 +8,7 @@ none did. A dot product runs along the contiguous axis in vectors.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -56,6 +57,7 @@ def _rows(extent: int) -> int:
     return next(r for r in (ROWS, 2, 1) if extent % r == 0)
 
 
+@functools.lru_cache(maxsize=64)
 def gate_up(experts: int, hidden: int, inner: int, choices: int, lanes: int, activation: str) -> Any:
     """``h[t, k] = act(gate[e] @ x[t]) * (up[e] @ x[t])`` with ``e = index[t, k]``; float32.
 
@@ -107,6 +109,7 @@ def gate_up(experts: int, hidden: int, inner: int, choices: int, lanes: int, act
     return moe_gate_up
 
 
+@functools.lru_cache(maxsize=64)
 def down(experts: int, hidden: int, inner: int, choices: int, lanes: int) -> Any:
     """``y[t] = sum over k of weight[t, k] * (w[index[t, k]] @ h[t, k])``; float32.
 

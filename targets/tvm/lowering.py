@@ -27,6 +27,9 @@ EMBED_BYTES = 1024
 CONTENT_LIMIT = 512
 """Integer tensors up to this many elements are tracked element by element."""
 
+_OPAQUE = 8
+"""Value of TVM's attribute ``op_pattern`` for kernels that are not fused."""
+
 _CONTENT_DTYPES = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
 
 
@@ -176,7 +179,10 @@ class Lowering:
             if any(symbol.same_as(u) for u in used) and not any(symbol.same_as(b) for b in bound)
         ]
         if scalars:
+            # TVM 0.27: FuseTIR stops with "VarRemapGet(source) == nullptr" on fused kernels that
+            # take scalars, so these stay by themselves.
             kernel = te.create_prim_func([*tensors, *scalars, *outputs], "int64")
+            kernel = kernel.with_attr("op_pattern", _OPAQUE)
         # Passes of TVM want no symbol to be defined twice in a module.
         return tvm.s_tir.renew_defs(kernel.without_attr("global_symbol")), scalars
 
