@@ -57,10 +57,8 @@ def blocks(page: Path) -> Iterator[Block]:
     language, start, lines = "", 0, list[str]()
     for number, line in enumerate(page.read_text().splitlines(), 1):
         fence = _FENCE.match(line)
-        if start and language == "setup" and line.strip() == "-->":
-            yield Block(name, start, language, "\n".join(lines))
-            start = 0
-        elif start and language != "setup" and fence and not fence["language"]:
+        closed = line.strip() == "-->" if language == "setup" else line.strip() == "```"
+        if start and closed:
             yield Block(name, start, language, "\n".join(lines))
             start = 0
         elif start:

@@ -17,6 +17,12 @@ from tests import files, models
 from tests.docs.pages import ROOT, blocks, pages, run_page
 
 NAMES = [page.relative_to(ROOT).as_posix() for page in pages()]
+NEED_BUNDLE = {
+    "docs/application-developers.md",
+    "docs/platform-engineers.md",
+    "generate_text.py",
+    "retarget.py",
+}
 EXAMPLES = sorted(
     p.name for p in (ROOT / "examples").glob("*.py") if not p.name.startswith("train")
 )
@@ -24,21 +30,36 @@ EXAMPLES = sorted(
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What pages may take for granted: ``my-model/`` (a language model with a tokenizer), its bundle
-    ``my-model.hal``, and ``model.onnx``."""
+    """What pages may take for granted: ``my-model/``, a language model with a tokenizer, and
+    ``model.onnx``."""
     folder = tmp_path_factory.mktemp("material")
     source = models.save("llama", folder, vocab_size=1536).rename(folder / "my-model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "examples" / "demo_model" / name, source)
-    hal.compile(source, target="host:onnxruntime", output=folder / "my-model.hal")
     files.save_mlp(folder / "model.onnx")
     return folder
 
 
+@pytest.fixture(scope="session")
+def bundle(material: Path) -> Path:
+    """``my-model.hal``, for pages that use it without making it."""
+    path = material / "my-model.hal"
+    hal.compile(material / "my-model", target="host:onnxruntime", output=path)
+    return path
+
+
 @pytest.fixture
-def workplace(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(
+    request: pytest.FixtureRequest,
+    material: Path,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
     """An own copy of the material as the working directory, and nothing that leaks out of it."""
-    shutil.copytree(material, tmp_path, dirs_exist_ok=True)
+    if name in NEED_BUNDLE:
+        shutil.copy(request.getfixturevalue("bundle"), tmp_path)
+    shutil.copytree(material, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.hal"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("HAL_TARGET_PATH", "")
@@ -54,7 +75,7 @@ def test_every_block_of_a_page_runs(name: str, workplace: Path) -> None:
 def test_every_example_runs(
     name: str, workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["my-model"] if name == "generate_text.py" else []
+    arguments = ["my-model.hal"] if name in NEED_BUNDLE else []
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
     assert capsys.readouterr().out
