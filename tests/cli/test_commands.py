@@ -233,3 +233,19 @@ def test_targets_that_cannot_be_used_are_listed_with_the_reason(
     result = hal_command("targets", "list")
     assert result.code == 0
     assert "cannot be used: broken (HAL_TARGET_PATH)" in result.out
+
+
+def test_a_callable_is_compiled_with_inputs_from_the_command_line(
+    hal_command: Hal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "some_model.py").write_text(
+        "import torch\ndef make():\n    return torch.nn.Linear(4, 3)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    output = tmp_path / "out.hal"
+    arguments = ["-t", "host:onnxruntime", "--input", "input:float32:batch,4"]
+    result = hal_command("compile", "python:some_model:make", "-o", output, *arguments)
+    assert result.code == 0, result.err
+    random = hal_command("run", output, "--random-inputs", "--dim", "batch=5", "--json").json
+    assert random["outputs"][0]["shape"] == [5, 3]
