@@ -251,6 +251,14 @@ MODELS = [
         "",
     ),
     Case(
+        "op that nothing covers, with fallback",
+        hal.UnsupportedError,
+        mystery_op,
+        ("Mystery", "node 'middle'", "tvm", "onnxruntime"),
+        "",
+        "host:tvm",
+    ),
+    Case(
         "op that is not in the operator set",
         hal.HalError,
         unknown_standard_op,

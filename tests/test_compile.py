@@ -308,6 +308,51 @@ def test_one_bundle_holds_builds_for_several_targets(model: Path) -> None:
         assert is_right(compiled, name)
 
 
+def test_one_bundle_runs_on_two_runtimes_with_the_same_result(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    routes = [ROUTE, "host:tvm"]
+    compiled = hal.compile(model, target=routes, fallback=False, output=tmp_path / "mlp.hal")
+    for route in routes:
+        assert is_right(compiled, route, rows=1)
+        assert is_right(compiled, route, rows=5)
+        assert compiled.manifest.builds[route].verification["passed"]
+    again = hal.load(tmp_path / "mlp.hal").retarget("x86-64:tvm", output=tmp_path / "other")
+    assert is_right(again)
+    assert compiled.session().target == ROUTE  # the first named is the first choice
+
+
+def test_state_is_carried_on_both_runtimes(memory: hal.Bundle) -> None:
+    pytest.importorskip("tvm")
+    sessions = [memory.session(), memory.retarget("host:tvm").session()]
+    rng = np.random.default_rng(0)
+    for length in (3, 1, 1, 2):
+        x = rng.standard_normal((2, length, 4)).astype(np.float32)
+        first, second = (session(x) for session in sessions)
+        assert np.allclose(first, second, atol=1e-5)
+    assert [s.position for s in sessions] == [7, 7]
+    first, second = (s.export_arrays()["0.memory"] for s in sessions)
+    assert np.array_equal(first, second)
+    for session in sessions:
+        session.reset()
+        assert session(np.ones((1, 1, 4), np.float32)).tolist() == [[1, 1, 1, 1]]
+
+
+def test_a_call_is_checked_alike_on_both_runtimes(model: Path) -> None:
+    pytest.importorskip("tvm")
+    session = hal.compile(model, target="host:tvm").session()
+    with pytest.raises(hal.InputError, match="input 'x' has extent 23 on axis 1, expected 24"):
+        session(np.zeros((2, 23), np.float32))
+    with pytest.raises(hal.InputError, match="input 'x' has dtype float64"):
+        session(np.zeros((2, 24)))
+    x = x_of(2)
+    assert np.allclose(session(torch.from_numpy(x)), files.mlp_expected(x), atol=1e-5)
+    assert np.allclose(session(np.asfortranarray(x)), files.mlp_expected(x), atol=1e-5)
+    kept = session(x)
+    session(x_of(2, seed=9))
+    assert np.allclose(kept, files.mlp_expected(x), atol=1e-5)
+    assert session(np.zeros((0, 24), np.float32)).shape == (0, 12)
+
+
 def test_a_session_says_which_build_it_runs(bundle: hal.Bundle) -> None:
     assert bundle.session("host").target == ROUTE
     with pytest.raises(hal.TargetError, match="no build for 'x86-64'") as caught:
