@@ -77,8 +77,9 @@ class TvmBackend(Backend):
         from hal.targets.tvm.weights import record_weights
 
         route = _route(context.descriptor)
-        lowered = lower(graph, _shaping(context.descriptor))
-        library = compile_module(lowered.module, route.target)
+        shaping = _shaping(context.descriptor)
+        lowered = lower(graph, shaping)
+        library = compile_module(lowered.module, route.target, shaping.lanes)
         export(library, context.folder / LIBRARY, route.cross_compiler)
         weights = record_weights(lowered.weights, context.folder)
         return {

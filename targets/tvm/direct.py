@@ -47,7 +47,7 @@ def compile_graph(
         tensor = value.const_value
         assert tensor is not None
         weights.append(tvm.runtime.tensor(to_storage(tensor.numpy(), tensor.dtype)))
-    library = compile_module(lowered.module, target)
+    library = compile_module(lowered.module, target, shaping.lanes)
     return Program(library, lowered.inputs, lowered.outputs, weights)
 
 

@@ -7,8 +7,10 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from hal.targets.tvm.schedule import schedule
 
-def pipeline(target: tvm.target.Target) -> Any:
+
+def pipeline(target: tvm.target.Target, lanes: int) -> Any:
     """Relax passes for ``tvm.compile``: legalize, fuse, schedule, plan memory."""
 
     @tvm.transform.module_pass(opt_level=0)
@@ -21,6 +23,7 @@ def pipeline(target: tvm.target.Target) -> Any:
                     relax.transform.AnnotateTIROpPattern(),
                     relax.transform.FuseOps(),
                     relax.transform.FuseTIR(),
+                    schedule(lanes),
                     relax.transform.RewriteDataflowReshape(),
                     relax.transform.ToNonDataflow(),
                     relax.transform.RemovePurityChecking(),

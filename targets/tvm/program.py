@@ -19,15 +19,15 @@ from hal.targets.tvm.pipeline import pipeline
 DEFAULT_TARGET = {"kind": "llvm"}
 
 
-def compile_module(module: tvm.IRModule, target: Mapping[str, Any]) -> Any:
-    """Compile for a TVM target given as its JSON dictionary.
+def compile_module(module: tvm.IRModule, target: Mapping[str, Any], lanes: int) -> Any:
+    """Compile for a TVM target given as its JSON dictionary; ``lanes`` float32 make a vector.
 
     Raises:
         UnsupportedError: code generation failed.
     """
     chosen = tvm.target.Target(dict(target))
     try:
-        return tvm.compile(module, target=chosen, relax_pipeline=pipeline(chosen))
+        return tvm.compile(module, target=chosen, relax_pipeline=pipeline(chosen, lanes))
     except Exception as error:  # TVM raises its own kinds
         lines = str(error).strip().splitlines()
         raise UnsupportedError(

@@ -16,12 +16,13 @@ from hal.targets.tvm.converters import (
     norm,
     quantize,
     reduce,
+    rest,
     shape,
 )
 from hal.targets.tvm.dims import Refused
 from hal.targets.tvm.lowering import Converter
 
-_FAMILIES = (elementwise, cast, shape, reduce, matmul, index, norm, quantize, attention, nn)
+_FAMILIES = (elementwise, cast, shape, reduce, matmul, index, norm, quantize, attention, nn, rest)
 
 CONVERTERS: dict[tuple[str, str], Converter] = {
     ("", name): function

@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 from tvm import te, tirx
 
+from hal.kernels import attention as kernels
 from hal.targets.tvm.converters.elementwise import broadcast_index
 from hal.targets.tvm.converters.shape import concatenated, reshaped, transposed
 from hal.targets.tvm.dims import Dim, Refused, floordiv
@@ -77,6 +78,11 @@ def _scores(op: Op, q: Operand, k: Operand) -> Operand:
         scale = 1.0 / math.sqrt(size)
     group = _group(q, k)
     wide = _wide(q)
+    if q.stored == "float32" and isinstance(size, int):
+        lanes = op.context.shaping.lanes
+        fast = kernels.scores(q.shape[1], k.shape[1], size, lanes, float(scale))
+        shape = [*q.shape[:3], k.shape[2]]
+        return op.context.call_kernel(fast, [q, k], [(shape, "float32")], "attention_scores")[0]
 
     def kernel(a: Any, b: Any) -> Any:
         d = te.reduce_axis((0, _const(size)), name="d")

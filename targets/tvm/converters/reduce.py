@@ -319,34 +319,47 @@ def _cumulative(combine: Combine, start: Callable[[str], Any]) -> Callable[[Op],
     def convert(op: Op) -> Operand:
         x = op.require(0, NUMBERS)
         where = op.constant(1)
-        if where is None:
-            if x.rank != 1:
-                raise Refused("the axis of a running sum must be known at compile time")
-            axis = 0
-        else:
-            axis = int(where.reshape(()))
-            axis = axis + x.rank if axis < 0 else axis
         exclusive, reverse = bool(op.attribute("exclusive", 0)), bool(op.attribute("reverse", 0))
-        reducer = te.comm_reducer(combine, start, name="running")
+        if where is None:
+            # The axis is computed: one result for each, then the choice.
+            chosen = op.context.emit_scalar(op.input(1))
+            results = [_running(op, x, a, combine, start, exclusive, reverse) for a in range(x.rank)]
 
-        def kernel(tensor: Any) -> Any:
-            extent = tensor.shape[axis]
-            k = te.reduce_axis((0, extent), name="k")
+            def choose(which: Any, *candidates: Any) -> Any:
+                result = candidates[0]
+                for a, candidate in enumerate(candidates[1:], 1):
+                    hit = tirx.Or(which == a, which + x.rank == a)
+                    result = tirx.Select(hit, candidate, result)
+                return result
 
-            def element(*indices: Any) -> Any:
-                here = indices[axis]
-                if reverse:
-                    inside = k > here if exclusive else k >= here
-                else:
-                    inside = k < here if exclusive else k <= here
-                picked = [k if a == axis else i for a, i in enumerate(indices)]
-                return reducer(tirx.Select(inside, tensor(*picked), start(x.stored)), axis=k)
-
-            return te.compute(tensor.shape, element, name="running")
-
-        return op.te(kernel, x, dtype=x.dtype)
+            return elementwise(op, choose, [chosen, *results], x.dtype)
+        axis = int(where.reshape(()))
+        return _running(op, x, axis % x.rank, combine, start, exclusive, reverse)
 
     return convert
+
+
+def _running(
+    op: Op, x: Operand, axis: int, combine: Combine, start: Callable[[str], Any], exclusive: bool, reverse: bool
+) -> Operand:
+    """Running ``combine`` along ``axis``."""
+    reducer = te.comm_reducer(combine, start, name="running")
+
+    def kernel(tensor: Any) -> Any:
+        k = te.reduce_axis((0, tensor.shape[axis]), name="k")
+
+        def element(*indices: Any) -> Any:
+            here = indices[axis]
+            if reverse:
+                inside = k > here if exclusive else k >= here
+            else:
+                inside = k < here if exclusive else k <= here
+            picked = [k if a == axis else i for a, i in enumerate(indices)]
+            return reducer(tirx.Select(inside, tensor(*picked), start(x.stored)), axis=k)
+
+        return te.compute(tensor.shape, element, name="running")
+
+    return op.te(kernel, x, dtype=x.dtype)
 
 
 def _magnitude(v: Any) -> Any:

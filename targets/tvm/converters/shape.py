@@ -249,14 +249,13 @@ def slice_(op: Op) -> Operand:
     count = starts.shape[0]
     if not isinstance(count, int):
         raise Refused("Slice along an unknown number of axes")
+    dynamic = any(op.has(i) and op.constant(i) is None for i in (3, 4))
+    if dynamic or starts.content is None or ends.content is None:
+        return _runtime_slice(op, x)
     axes = list(range(count))
     if op.has(3):
-        axes = [int(a) + x.rank if a < 0 else int(a) for a in op.needs(3, "axes") ] if op.constant(3) is not None else None  # type: ignore[assignment]
-    steps = [1] * count
-    if op.has(4):
-        steps = op.constant(4).tolist() if op.constant(4) is not None else None  # type: ignore[union-attr,assignment]
-    if axes is None or steps is None or starts.content is None or ends.content is None:
-        return _runtime_slice(op, x, axes, steps)
+        axes = [int(a) + x.rank if a < 0 else int(a) for a in op.needs(3, "axes")]
+    steps = op.needs(4, "steps").tolist() if op.has(4) else [1] * count
     cuts = {}
     for axis, start, end, step in zip(axes, starts.content.flat, ends.content.flat, steps, strict=True):
         cuts[axis] = _cut(op, x.shape[axis], start, end, int(step))
@@ -291,27 +290,37 @@ def _clamped(op: Op, extent: Dim, value: Dim, low: Dim, high: Dim) -> Dim:
     return op.symbols.simplify(at_least(at_most(op.symbols.simplify(position), high), low))
 
 
-def _runtime_slice(op: Op, x: Operand, axes: list[int] | None, steps: list[int] | None) -> Operand:
-    """A slice whose start is read from a tensor; the shape of the result must be declared."""
+def _runtime_slice(op: Op, x: Operand) -> Operand:
+    """A slice whose starts are read from a tensor; the shape of the result must be declared."""
     declared = op.declared()
     if declared is None:
         raise Refused("a slice whose bounds are computed needs a declared result shape")
-    if axes is None or steps is None:
-        raise Refused("axes and steps of Slice must be known at compile time")
-    starts = op.input(1)
+    count = int(op.input(1).shape[0])
+    given = [op.input(1)] + [op.input(i) for i in (3, 4) if op.has(i)]
 
-    def body(tensor: Any, start: Any, indices: Any) -> Any:
-        picked = list(indices)
-        for position, axis in enumerate(axes):
-            extent = _const(x.shape[axis])
-            first = start[position].astype("int64")
-            first = tirx.Select(first < 0, first + extent, first)
-            high = extent if steps[position] > 0 else extent - 1
-            first = tirx.max(tirx.min(first, high), tirx.const(0, "int64"))
-            picked[axis] = first + indices[axis] * steps[position]
+    def body(tensor: Any, start: Any, *rest: Any) -> Any:
+        *others, indices = rest
+        axes = others.pop(0) if op.has(3) else None
+        steps = others.pop(0) if op.has(4) else None
+        picked = []
+        for axis, index in enumerate(indices):
+            extent, place = _const(x.shape[axis]), index
+            for position in range(count):
+                step = steps[position].astype("int64") if steps is not None else tirx.const(1, "int64")
+                first = start[position].astype("int64")
+                first = tirx.Select(first < 0, first + extent, first)
+                high = tirx.Select(step > 0, extent, extent - 1)
+                first = tirx.max(tirx.min(first, high), tirx.const(0, "int64"))
+                if axes is None:
+                    place = first + index * step if position == axis else place
+                else:
+                    named = axes[position].astype("int64")
+                    hit = tirx.Or(named == axis, named + x.rank == axis)
+                    place = tirx.Select(hit, first + index * step, place)
+            picked.append(place)
         return tensor(*picked)
 
-    return op.compute(declared, body, x, starts, dtype=x.dtype)
+    return op.compute(declared, body, x, *given, dtype=x.dtype)
 
 
 def expand(op: Op) -> Operand:
@@ -466,6 +475,8 @@ def pad(op: Op) -> Operand:
     """``Pad`` in all modes."""
     x = op.input(0)
     mode = op.attribute("mode", "constant")
+    if op.has(1) and op.content(1) is None:
+        return _runtime_pad(op, x, mode)
     amounts = _pad_amounts(op, x)
     before = [amounts[a][0] for a in range(x.rank)]
     dims = [op.symbols.simplify(d + sum(amounts[a])) for a, d in enumerate(x.shape)]
@@ -488,6 +499,42 @@ def pad(op: Op) -> Operand:
         return tensor(*(_mirrored(mode, p, _const(d)) for p, d in zip(positions, x.shape, strict=True)))
 
     return op.compute(dims, body, *operands, dtype=x.dtype)
+
+
+def _runtime_pad(op: Op, x: Operand, mode: str) -> Operand:
+    """``Pad`` by computed amounts; the shape of the result must be declared."""
+    declared, amounts, fill = op.declared(), op.input(1), op.optional(2)
+    if declared is None:
+        raise Refused("the amounts of Pad are computed and the result's shape is unknown")
+    operands = [x, amounts] + [op.input(3)] * op.has(3)
+    if fill is not None:
+        operands.append(op.context.emit_scalar(fill))
+    count = int(amounts.shape[0]) // 2
+
+    def body(tensor: Any, amount: Any, *rest: Any) -> Any:
+        *others, indices = rest
+        axes = others.pop(0) if op.has(3) else None
+        places, inside = [], []
+        for axis, index in enumerate(indices):
+            before: Any = tirx.const(0, "int64")
+            for position in range(count):
+                if axes is None:
+                    before = amount[position] if position == axis else before
+                else:
+                    named = axes[position].astype("int64")
+                    hit = tirx.Or(named == axis, named + x.rank == axis)
+                    before = tirx.Select(hit, amount[position], before)
+            place, extent = index - before, _const(x.shape[axis])
+            if mode != "constant":
+                place = _mirrored(mode, place, extent)
+            inside += [place >= 0, place < extent]
+            places.append(place)
+        if mode != "constant":
+            return tensor(*places)
+        value = others[0]() if others else tirx.const(0, x.stored)
+        return tirx.if_then_else(tirx.all(*inside), tensor(*places), value)
+
+    return op.compute(declared, body, *operands, dtype=x.dtype)
 
 
 def _pad_amounts(op: Op, x: Operand) -> list[tuple[Dim, Dim]]:
