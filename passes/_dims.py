@@ -57,7 +57,7 @@ def to_dim(extent: Extent) -> int | str | None:
     """Inverse of :func:`to_expr`; None where a ``Dummy`` is left."""
     if extent.is_Integer:
         return int(extent)
-    return None if extent.atoms(sympy.Dummy) else text(extent)
+    return None if opaque(extent) else text(extent)
 
 
 def known(elements: np.ndarray) -> list[int] | None:
@@ -70,6 +70,18 @@ def known(elements: np.ndarray) -> list[int] | None:
 def text(extent: Extent) -> str:
     """The expression as text."""
     return str(extent)
+
+
+@functools.lru_cache(maxsize=16384)
+def opaque(extent: Extent) -> bool:
+    """True where something unknown is part of the expression."""
+    return bool(extent.atoms(sympy.Dummy))
+
+
+def with_zeros(extent: Extent) -> Extent:
+    """The expression with names that may be zero, as a past is; ``sympy``'s are positive."""
+    names = {s: sympy.Dummy("n", integer=True, nonnegative=True) for s in extent.free_symbols}
+    return extent.subs(names)
 
 
 @functools.lru_cache(maxsize=16384)

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
-from hal.passes._dims import LIMIT, Extent, Shapes, fresh, known, quotient
+from hal.passes._dims import LIMIT, Extent, Shapes, fresh, known, quotient, with_zeros
 from hal.passes._edit import attribute
 
 # --- elements of integer tensors ---------------------------------------------------------------
@@ -130,8 +130,8 @@ def _equal(first: Extent, second: Extent) -> Any:
     difference = sympy.expand(first - second)
     if difference == 0:
         return sympy.true
-    # a symbol is a positive extent, so it never equals the -1 that means "keep"
-    return sympy.false if difference.is_nonzero else None
+    # an extent is never negative, so it never equals the -1 that means "keep"
+    return sympy.false if with_zeros(difference).is_nonzero else None
 
 
 def _constant_of_shape(result: Shapes, node: ir.Node) -> np.ndarray:
@@ -153,8 +153,6 @@ ELEMENTS: dict[str, Callable[[Shapes, ir.Node], np.ndarray | None]] = {
     "Sub": _binary(lambda a, b: sympy.expand(a - b)),
     "Mul": _binary(lambda a, b: sympy.expand(a * b)),
     "Div": _binary(_divide),
-    "Min": _binary(sympy.Min),
-    "Max": _binary(sympy.Max),
     "Equal": _binary(_equal),
     "Gather": _gather,
     "Slice": _slice,
@@ -197,7 +195,7 @@ def _expand_shape(result: Shapes, node: ir.Node) -> list[Extent]:
     one = [sympy.Integer(1)]
     data, target = one * (size - len(data)) + data, one * (size - len(target)) + target
     return [
-        d if t == 1 or t == d else (t if d == 1 else (d if d.is_Integer else t))
+        d if t in (1, d) else (t if d == 1 or t.is_Integer else (d if d.is_Integer else fresh()))
         for d, t in zip(data, target, strict=True)
     ]
 
@@ -237,9 +235,9 @@ def _slice_extent(extent: Extent, start: Extent, end: Extent, step: int) -> Exte
         return extent
     if step == 1 and start.is_Integer and int(start) < 0 and whole:
         return fresh()  # the last n of an extent that may be shorter than n
-    if step == 1 and whole and start.is_nonnegative and (extent - start).is_nonnegative:
+    if step == 1 and whole and start.is_nonnegative and with_zeros(extent - start).is_nonnegative:
         return extent - start
-    if step == 1 and start == 0 and end.is_nonnegative and (extent - end).is_nonnegative:
+    if step == 1 and start == 0 and end.is_nonnegative and with_zeros(extent - end).is_nonnegative:
         return end
     return fresh()
 
@@ -257,7 +255,7 @@ def _unsqueeze_shape(result: Shapes, node: ir.Node) -> list[Extent]:
 def _range_shape(result: Shapes, node: ir.Node) -> list[Extent]:
     start, limit, delta = (_get(result, node, i).item() for i in range(3))
     extent = sympy.expand((limit - start) / delta)
-    if delta != 1 or not extent.is_nonnegative:
+    if delta != 1 or not with_zeros(extent).is_nonnegative:
         raise KeyError("range")
     return [extent]
 

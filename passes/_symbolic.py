@@ -16,7 +16,7 @@ import onnx_ir as ir
 import sympy
 
 from hal.ir import OPSET, Graph
-from hal.passes._dims import LIMIT, Extent, Shapes, fresh, known, text, to_expr
+from hal.passes._dims import LIMIT, Extent, Shapes, fresh, known, opaque, text, to_expr
 from hal.passes._edit import all_values, is_constant, static_shape
 from hal.passes._extents import ELEMENTS, SHAPES
 
@@ -75,9 +75,7 @@ def _merge_declared(result: Shapes, value: ir.Value) -> None:
         result.shape[value] = tuple(to_expr(d) for d in declared)
     elif len(found) == len(declared):
         result.shape[value] = tuple(
-            to_expr(d)
-            if e.atoms(sympy.Dummy) and (isinstance(d, int) or d.value is not None)
-            else e
+            to_expr(d) if opaque(e) and (isinstance(d, int) or d.value is not None) else e
             for e, d in zip(found, declared, strict=True)
         )
 
@@ -210,7 +208,7 @@ def _type_proto(
             proto.tensor_type.shape.dim.add().dim_value = int(extent)
         else:
             name = text(extent)
-            if extent.atoms(sympy.Dummy):
+            if opaque(extent):
                 name = f"?{abs(hash(extent))}"
             names[name] = extent
             proto.tensor_type.shape.dim.add().dim_param = name

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hal.ir import HAL_DOMAIN
 from hal.ir.evaluate import evaluate
 from hal.ir.ops import ensure_functions
-from hal.passes import InferShapes
+from hal.passes import InferShapes, clean_up
 from tests.passes.toys import Toy, feeds
 
 
@@ -108,3 +108,15 @@ def test_present_keys_have_past_plus_new_positions(past: int):
     graph = t.graph()
     assert str(graph.graph.outputs[1].shape[2]) == "p + s"
     assert evaluate(graph, feeds(graph, b=1, s=2, p=past))["y1"].shape == (1, 2, past + 2, 4)
+
+
+def test_a_past_may_be_empty_when_extents_are_compared():
+    t = Toy(past=["b", "past", 4])
+    length = t("Shape", t.past, start=1, end=2)
+    empty = t("Equal", length, np.array([0]))
+    t.output(t("Where", empty, np.array([1]), length), "y")
+    graph = t.graph()
+    result, _ = clean_up().run(graph)
+    for past in (0, 3):
+        found = evaluate(result, feeds(graph, b=1, past=past))["y"]
+        assert found.tolist() == [past or 1]
