@@ -100,8 +100,8 @@ def _load_callable(text: str, inputs: Any, dynamic: Mapping[str, Any] | None) ->
     if len(parts) != 3 or not all(parts):
         raise ModelError(f"{text!r} is not python:module:callable", hint)
     _need("torch", text, "torch")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(parts[1]), parts[2])
     except ImportError as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.cache_utils import DynamicLayer
 
 from hal.errors import ExportError
@@ -63,8 +64,10 @@ class CausalLM(torch.nn.Module):
     def __init__(self, model: transformers.PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self._template = _full_length_cache(_run(model, 2, 3))
-        self.layout = _layout(model, self._template)
+        # On fake tensors: shapes are enough, and no weight is read from disk for them.
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            self._template = _full_length_cache(_run(model, 2, 3))
+            self.layout = _layout(model, self._template)
 
     def forward(self, input_ids: torch.Tensor, past: list[torch.Tensor]) -> tuple[Any, ...]:
         """``input_ids`` int64 [batch, sequence], ``past`` one tensor per cache tensor."""

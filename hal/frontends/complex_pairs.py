@@ -42,11 +42,15 @@ def as_real_pairs(program: torch.export.ExportedProgram) -> torch.export.Exporte
 
 
 def _decompositions() -> Any:
-    """torch's default table without what ONNX has operators for."""
-    table = torch.export.default_decompositions()
-    for packet in (aten.scaled_dot_product_attention, aten.linear, aten.layer_norm, aten.silu):
-        for overload in packet.overloads():
-            table.pop(getattr(packet, overload), None)
+    """The default table without what ONNX has operators for."""
+    table: Any = torch.export.default_decompositions()
+    for operator_kept in (
+        aten.scaled_dot_product_attention.default,
+        aten.linear.default,
+        aten.layer_norm.default,
+        aten.silu.default,
+    ):
+        table.pop(operator_kept, None)
     return table
 
 
@@ -59,7 +63,7 @@ def _is_complex(value: Any) -> bool:
 
 
 def _rank(node: Node) -> int:
-    return node.meta["val"].dim()  # of the original, complex tensor
+    return int(node.meta["val"].dim())  # of the original, complex tensor
 
 
 class _Rewriter:
@@ -79,16 +83,10 @@ class _Rewriter:
                 node.args = torch.fx.map_arg(node.args, lambda n: self.pairs.get(n, n))
             elif touches and node.op == "call_function":
                 self._rewrite(node)
-        for node in reversed(list(self.graph.nodes)):
-            if node.op == "placeholder" and node in self.pairs:
+        for node in self.pairs:
+            if node.op == "placeholder":
                 node.meta["val"] = torch.view_as_real(node.meta["val"])
-            elif node in self.pairs or (
-                node.op == "call_function"
-                and not node.users
-                and any(n in self.pairs for n in node.all_input_nodes)
-            ):
-                if not node.users and self.pairs.get(node) is not node:
-                    self.graph.erase_node(node)
+        self.graph.eliminate_dead_code()
         self.graph.lint()
         self.module.recompile()
 
@@ -234,12 +232,13 @@ def _complex(r: _Rewriter, node: Node, real: Node, imaginary: Node) -> Node:
 
 def _pair_is(r: _Rewriter, node: Node, x: Node) -> Node:
     """view_as_complex and view_as_real: the pair is the real view."""
-    return r.pair(x)
+    pair: Node = r.pair(x)
+    return pair
 
 
 def _part(index: int) -> Rule:
     def rule(r: _Rewriter, node: Node, x: Node) -> Node:
-        part = r.parts(x)[index]
+        part: Node | None = r.parts(x)[index]
         return r.emit(aten.zeros_like.default, x) if part is None else part
 
     return rule

@@ -50,7 +50,7 @@ class _CompiledGraph:
         self.options = options
         self.placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self.static = [i for i, n in enumerate(self.placeholders) if _is_static(n)]
-        self.results = list(_output(gm).args[0])
+        self.results = _results(gm)
         self.session: Any = None
         self.versions: tuple[Any, ...] = ()
         self.in_torch = False
@@ -172,8 +172,12 @@ def _is_tensor(value: Any) -> bool:
     )
 
 
-def _output(gm: torch.fx.GraphModule) -> torch.fx.Node:
-    return next(node for node in gm.graph.nodes if node.op == "output")
+def _results(gm: torch.fx.GraphModule) -> list[Any]:
+    """What the graph returns: nodes and constants."""
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            return list(node.args[0])
+    return []
 
 
 def _version(tensor: torch.Tensor) -> tuple[int, int]:

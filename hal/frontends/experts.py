@@ -19,12 +19,12 @@ from hal.frontends import torch_ops
 _NAME = "hal"
 
 
-def _activation(module: torch.nn.Module) -> str | None:
+def _activation(module: Any) -> str | None:
     """Our name of the module's activation, found by comparing functions on a few numbers."""
     x = torch.linspace(-3, 3, 13)
     try:
         y = module.act_fn(x)
-    except Exception:  # an activation that is no plain elementwise function
+    except Exception:  # noqa: BLE001  an activation that is no plain elementwise function
         return None
     for name, ours in torch_ops._ACTIVATIONS.items():
         if torch.allclose(y, ours(x), atol=1e-6):
@@ -43,17 +43,21 @@ def _has_our_layout(module: Any) -> bool:
 
 
 def _experts_forward(
-    self: torch.nn.Module,
+    self: Any,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     activation = self._hal_activation if _has_our_layout(self) else None
     if activation is None:
-        return moe.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    return torch.ops.hal.mixture_of_experts(
-        hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, activation
-    )
+        y = moe.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    else:
+        weights = self.gate_up_proj, self.down_proj
+        y = torch.ops.hal.mixture_of_experts(
+            hidden_states, top_k_index, top_k_weights, *weights, activation
+        )
+    assert isinstance(y, torch.Tensor)
+    return y
 
 
 moe.ALL_EXPERTS_FUNCTIONS.register(_NAME, _experts_forward)
@@ -65,7 +69,7 @@ def fused_experts(model: transformers.PreTrainedModel) -> Iterator[None]:
     before = model.get_experts_implementation()
     experts = [m for m in model.modules() if hasattr(m, "_apply_gate")]
     for module in experts:
-        module._hal_activation = _activation(module)  # type: ignore[assignment]
+        module._hal_activation = _activation(module)
     model.set_experts_implementation(_NAME)
     try:
         yield

@@ -116,10 +116,9 @@ def _causal_lm(model: transformers.PreTrainedModel) -> Graph:
 class _TensorOutputs(torch.nn.Module):
     """A model whose outputs are a dict of its named tensors, hidden states left out."""
 
-    def __init__(self, model: transformers.PreTrainedModel, names: tuple[str, ...]) -> None:
+    def __init__(self, model: transformers.PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.names = names
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         out = self.model(**inputs, return_dict=True)
@@ -133,9 +132,9 @@ def _named_export(
 ) -> Graph:
     with _quiet(), fused_experts(model):
         graph = torch_module.from_module(
-            _TensorOutputs(model, tuple(inputs)),
+            _TensorOutputs(model),
             ({**inputs},),
-            {"inputs": {name: axes for name in inputs}},
+            {"inputs": dict.fromkeys(inputs, axes)},
             input_names=list(inputs),
         )
     graph.graph.name = type(model).__name__
@@ -256,7 +255,7 @@ def _load_weights(
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  transformers and safetensors raise many types
         raise ModelError(
             f"the weights in {path} cannot be loaded: {torch_module.one_line(error)}",
             "the files are damaged or belong to another config.json; fetch them again",

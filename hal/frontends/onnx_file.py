@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import google.protobuf.message
 import onnx
 import onnx.version_converter
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from hal.errors import ModelError
 from hal.frontends import opset
@@ -61,7 +61,7 @@ def _read(path: Path) -> onnx.ModelProto:
     try:
         proto.ParseFromString(data)
         parsed = True
-    except google.protobuf.message.DecodeError:
+    except DecodeError:
         parsed = False
     if parsed and proto.ir_version and proto.HasField("graph") and proto.opset_import:
         return proto
@@ -89,7 +89,7 @@ def _to_ir(path: Path, proto: onnx.ModelProto) -> ir.Model:
         proto = _convert_old(proto, version)
     try:
         model = ir.serde.deserialize_model(proto)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  anything can be in a file
         line = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ModelError(f"the graph is malformed: {line}", "export the model again") from None
     ir.external_data.set_base_dir(model.graph, str(path.parent.resolve()))
@@ -127,7 +127,7 @@ def _convert_old(proto: onnx.ModelProto, version: int) -> onnx.ModelProto:
     light.ir_version = max(light.ir_version, 4)
     try:
         converted = onnx.version_converter.convert_version(light, opset.OLDEST)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  the converter's errors have no common type
         line = str(error).strip().splitlines()[-1][:200]
         raise ModelError(
             f"the model uses opset {version}, which cannot be converted to {opset.OLDEST}: {line}",

@@ -18,9 +18,16 @@ OLDEST = 13
 """Oldest operator set that :func:`to_current` takes."""
 
 _REDUCTIONS = (
-    "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd"
-    " ReduceSumSquare"
-).split()
+    "ReduceL1",
+    "ReduceL2",
+    "ReduceLogSum",
+    "ReduceLogSumExp",
+    "ReduceMax",
+    "ReduceMean",
+    "ReduceMin",
+    "ReduceProd",
+    "ReduceSumSquare",
+)
 
 
 def to_current(model: ir.Model) -> None:
@@ -30,7 +37,8 @@ def to_current(model: ir.Model) -> None:
         ModelError: the opset is newer than ours, older than :data:`OLDEST`, or a node has no
             equivalent.
     """
-    for graph in (model.graph, *model.functions.values()):
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
         imports = graph.opset_imports
         version = imports.pop("ai.onnx", None) or imports.get("", None)
         if version is None:

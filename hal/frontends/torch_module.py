@@ -90,7 +90,7 @@ def from_file(path: str | Path) -> Graph:
     try:
         with torch_translate.quiet():
             program = torch.export.load(path)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  anything can be in a file
         raise ModelError(
             f"{path} holds no readable exported program: {one_line(error)}", hint
         ) from None
@@ -325,6 +325,7 @@ def _explain(module: torch.nn.Module, error: BaseException) -> tuple[str, str]:
 
 
 def one_line(error: BaseException) -> str:
+    """The first line of an error's text, 200 characters at most."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__
 

@@ -100,7 +100,7 @@ def _translate(program: torch.export.ExportedProgram) -> ir.Model:
             verbose=False,
             optimize=False,  # its fusion to RotaryEmbedding forgets that positions broadcast
         )
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  torch raises whatever a translation raises
         raise ExportError(*_explain(error)) from None
     assert onnx_program is not None  # None is for TorchScript only
     _refuse_mutation(onnx_program.exported_program)
@@ -177,11 +177,15 @@ def _name_dims(model: ir.Model, dims: Mapping[str, Mapping[int, str]]) -> None:
                 text = str(getattr(dim, "value", dim))
                 if _SYMBOL.fullmatch(text) and (axis in wanted) is ours:
                     names.setdefault(text, wanted.get(axis, f"{value.name}_{axis}"))
-    for graph in (model.graph, *model.functions.values()):
+    for graph in _graphs(model):
         values = [*graph.inputs, *(out for node in graph.all_nodes() for out in node.outputs)]
         for value in values:
             if value.shape is not None:
                 value.shape = ir.Shape([_named(d, names) for d in value.shape])
+
+
+def _graphs(model: ir.Model) -> list[ir.Graph | ir.Function]:
+    return [model.graph, *model.functions.values()]
 
 
 def _named(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | ir.SymbolicDim:
@@ -254,7 +258,7 @@ def _clean_metadata(model: ir.Model) -> None:
     """Keep of torch's notes only which module a node came from, as ``hal.scope``."""
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
-    for graph in (model.graph, *model.functions.values()):
+    for graph in _graphs(model):
         graph.metadata_props.clear()
         for value in (*graph.inputs, *getattr(graph, "initializers", {}).values()):
             value.metadata_props.clear()

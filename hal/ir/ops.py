@@ -193,5 +193,6 @@ def ensure_functions(model: ir.Model) -> None:
 
 
 def _hal_nodes(model: ir.Model) -> Iterator[ir.Node]:
-    for graph in (model.graph, *model.functions.values()):
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
         yield from (n for n in list(graph.all_nodes()) if n.domain == HAL_DOMAIN)

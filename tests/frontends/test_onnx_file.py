@@ -137,7 +137,7 @@ def test_external_weights_are_mapped_from_their_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("location", ["../w.bin", "/etc/hostname", "sub/../../w.bin"])
 def test_external_data_may_not_leave_the_folder(location: str, tmp_path: Path) -> None:
     path = write_external(tmp_path, location=location)
-    with pytest.raises(ModelError, match="tensor 'w' .* outside the model's folder"):
+    with pytest.raises(ModelError, match=r"tensor 'w' .* outside the model's folder"):
         onnx_file.from_file(path)
 
 

@@ -17,7 +17,7 @@ from hal import GraphError
 from hal.ir import ops
 
 ACTIVATIONS = {
-    "silu": lambda x: x / (1 + np.exp(-x)),
+    "silu": lambda x: x * 0.5 * (1 + np.tanh(x / 2)),
     "gelu": lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: np.maximum(x, 0),
