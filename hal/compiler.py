@@ -43,6 +43,7 @@ from hal.ir.verify import verify as verify_graph
 from hal.passes import default_pipeline
 from hal.runtime import verification
 from hal.runtime.arrays import check_inputs
+from hal.runtime.cache import scratch_folder
 from hal.runtime.session import Session, find_build
 from hal.targets import ResolvedTarget, load_backend, resolve
 
@@ -394,13 +395,10 @@ def _bundle_writer(output: str | Path | None) -> Iterator[tuple[Path, Callable[[
             raise BundleError(
                 f"{goal} is a folder that is not a bundle", "choose another output name"
             )
-        scratch_path = Path(tempfile.mkdtemp(prefix=f".{goal.name}.tmp-", dir=goal.parent))
-        try:
+        with scratch_folder(goal.parent, f".{goal.name}.tmp-") as scratch_path:
             folder = scratch_path / "bundle"
             folder.mkdir()
             yield folder, lambda path: _publish(path, goal)
-        finally:
-            shutil.rmtree(scratch_path, ignore_errors=True)
 
 
 def _publish(folder: Path, goal: Path) -> Bundle:

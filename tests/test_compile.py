@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import hal
+from hal.runtime.cache import scratch_folder
 from hal.targets.backend import Backend, Probe
 from hal.targets.onnxruntime import OnnxRuntimeBackend
 from tests import files, graphs, models
@@ -179,6 +181,21 @@ def test_a_failed_compile_leaves_the_older_bundle_alone(
         hal.compile(model, target=ROUTE, output=output)
     assert files.listing(tmp_path) == before
     assert is_right(hal.load(output))
+
+
+def test_what_a_killed_compile_left_goes_with_the_next_one(model: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".mlp.hal.tmp-dead"
+    (left / "bundle").mkdir(parents=True)
+    foreign = tmp_path / ".other.hal.tmp-dead"
+    foreign.mkdir()
+    for folder in (left, foreign):
+        os.utime(folder, (0, 0))
+    with scratch_folder(tmp_path, ".mlp.hal.tmp-") as busy:  # another compile that is running
+        assert not left.exists()
+        os.utime(busy, (0, 0))
+        hal.compile(model, target=ROUTE, output=tmp_path / "mlp.hal", verify=False)
+        assert busy.exists()
+    assert names_in(tmp_path) == [".other.hal.tmp-dead", "mlp.hal"]
 
 
 # -- calls ------------------------------------------------------------------------------------
@@ -446,6 +463,14 @@ def test_a_half_written_cache_entry_is_not_used(
     shutil.rmtree(entry / "files")
     assert is_right(hal.compile(model, target=ROUTE, verify=False))
     assert len(builds) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("this is a file")
+    monkeypatch.setenv("HAL_CACHE", str(tmp_path / "cache"))
+    assert is_right(hal.compile(model, target=ROUTE))
 
 
 # -- verification -----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ and toolchain give the same files, so a second compile copies them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -66,13 +67,15 @@ def build_target(
     folder.parent.mkdir(parents=True, exist_ok=True)
     entry = None
     if cache and digests:
-        entry = cache_folder("builds") / _key(target, toolchain, fallback, digests)
-        if (entry / "record.json").exists():
+        # A cache that cannot be written is no reason to fail.
+        with contextlib.suppress(OSError):
+            entry = cache_folder("builds") / _key(target, toolchain, fallback, digests)
+        if entry is not None and (entry / "record.json").exists():
             return _from_cache(entry, folder)
     folder.mkdir()
     record = _build(root, folder, graph, target, backend, toolchain, fallback)
     if entry is not None and _size(folder) <= CACHED_BYTES:
-        with entry_writer(entry) as temporary:
+        with contextlib.suppress(OSError), entry_writer(entry) as temporary:
             shutil.copytree(folder, temporary / "files")
             (temporary / "record.json").write_text(record.model_dump_json())
     return record

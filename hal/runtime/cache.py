@@ -8,9 +8,11 @@ harmlessly. Leftovers of killed writers are removed after a day.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from pathlib import Path
 
 _TEMPORARY = ".tmp-"
 _LEFTOVER_SECONDS = 24 * 3600
+_YOUNG_SECONDS = 60
 
 
 def cache_folder(kind: str) -> Path:
@@ -53,6 +56,52 @@ def entry_writer(entry: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """Yield a new folder in ``parent`` that is removed when the block ends.
+
+    What writers of the same prefix left when they were killed is removed first; a folder whose
+    writer is alive is locked and stays.
+    """
+    for path in parent.glob(glob.escape(prefix) + "*"):
+        _remove_abandoned(path)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    lock = _lock(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """An open lock on a folder, released with the process; None where it is taken or unknown."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    handle = None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if handle is not None:
+            os.close(handle)
+        return None
+    return handle
+
+
+def _remove_abandoned(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if time.time() - path.stat().st_mtime < _YOUNG_SECONDS:
+            return  # its writer may be about to lock it
+    lock = _lock(path)
+    if lock is not None:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
 
 
 def _sweep(folder: Path) -> None:
