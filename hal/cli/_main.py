@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from types import FrameType
@@ -46,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str], debug: bool) -> int:
-    previous = signal.signal(signal.SIGTERM, _on_sigterm)
+    # Only the main thread may set signal handlers.
+    main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _on_sigterm) if main_thread else None
     try:
         result = _app.create()(args=arguments, prog_name="hal", standalone_mode=False)
         sys.stdout.flush()
@@ -64,7 +67,8 @@ def _run(arguments: list[str], debug: bool) -> int:
             raise
         return _explain(error)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if main_thread:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def _explain(error: Exception) -> int:
