@@ -799,12 +799,14 @@ FULL_DISK = """
 import os, sys
 from hal.cli import main
 folder, model = sys.argv[1:]
-os.system(f"mount -t tmpfs -o size=24k none {folder}")
-code = main(["compile", model, "-o", folder + "/m.hal", "--target", "host:onnxruntime"])
-print(code, os.listdir(folder))
+def compile(output):
+    return main(["compile", model, "-o", output, "--target", "host:onnxruntime"])
+assert compile(model + ".hal") == 0  # from now on the build is in the cache
+for size in (8, 16, 32):
+    os.system(f"mount -t tmpfs -o size={size}k none {folder}")
+    print(compile(folder + "/m.hal"), os.listdir(folder))
 os.system(f"mount -o remount,ro {folder}")
-code = main(["compile", model, "-o", folder + "/m.hal", "--target", "host:onnxruntime"])
-print(code, os.listdir(folder))
+print(compile(folder + "/m.hal"), os.listdir(folder))
 """
 
 
@@ -818,11 +820,14 @@ def test_a_full_and_a_read_only_file_system_are_told(tmp_path: Path) -> None:
         text=True,
         timeout=120,
     )
-    assert result.stdout.splitlines() == ["2 []", "2 []"], result.stderr
+    assert result.stdout.splitlines()[-4:] == ["2 []"] * 4, result.stderr
     place = tmp_path / "small" / "m.hal"
-    assert result.stderr.splitlines() == [
+    full = [
         f"error: cannot write {place}: no space left on the device",
         "hint: choose another output, or make room",
+    ]
+    assert result.stderr.splitlines() == [
+        *full * 3,
         f"error: cannot write {place}: the file system is read-only",
         "hint: choose another output, or make room",
     ]

@@ -152,7 +152,12 @@ def _key(
 
 
 def _from_cache(entry: Path, folder: Path) -> BuildRecord:
-    shutil.copytree(entry / "files", folder)
+    # Not copytree: it gathers errors, and a full disk should be told as one.
+    for path in sorted((entry / "files").rglob("*")):
+        goal = folder / path.relative_to(entry / "files")
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            shutil.copyfile(path, goal)
     return BuildRecord.model_validate_json((entry / "record.json").read_text())
 
 
