@@ -109,7 +109,7 @@ def _has_short_mask(node: ir.Node) -> bool:
     if mask is None or key is None or not mask.shape or not key.shape:
         return False
     axis = len(key.shape) - 2
-    lengths = [mask.shape[-1], key.shape[axis]]
+    lengths: list[object] = [mask.shape[-1], key.shape[axis]]
     if past is not None:
         lengths.append(past.shape[2] if past.shape else None)
     if not all(isinstance(n, int) for n in lengths):

@@ -185,8 +185,8 @@ def _interleaved(graph: ir.Graph, gate_up: ir.Value) -> ir.Value:
     return value
 
 
-def _interleave(source: ir.TensorProtocol, name: str) -> Callable[[], ir.Tensor]:
-    def compute() -> ir.Tensor:
+def _interleave(source: ir.TensorProtocol, name: str) -> Callable[[], ir.TensorProtocol]:
+    def compute() -> ir.TensorProtocol:
         array = source.numpy()
         experts, rows, width = array.shape
         mixed = array.reshape(experts, 2, rows // 2, width).swapaxes(1, 2)
