@@ -1,0 +1,1 @@
+"""Kernel templates in TIR, shaped by a descriptor's numbers; no chip is named here."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from tvm.script import tirx as T
+from tvm.script import tirx as T  # noqa: N812
 
 from hal.kernels.moe import vector_lanes
 
@@ -41,7 +41,11 @@ def scores(heads: int, kv_heads: int, size: int, lanes: int, scale: float) -> An
                     for t in T.serial(keys):
                         acc[0] = T.broadcast(T.float32(0), v)
                         for i in T.unroll(steps):
-                            acc[0] = acc[0] + q[bh // heads, bh % heads, s, T.ramp(i * v, 1, v)] * k[bh // heads, bh % heads // group, t, T.ramp(i * v, 1, v)]
+                            acc[0] = (
+                                acc[0]
+                                + q[bh // heads, bh % heads, s, T.ramp(i * v, 1, v)]
+                                * k[bh // heads, bh % heads // group, t, T.ramp(i * v, 1, v)]
+                            )
                         spill[T.ramp(0, 1, v)] = acc[0]
                         total[0] = T.float32(0)
                         for j in T.unroll(v):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from tvm.script import tirx as T
+from tvm.script import tirx as T  # noqa: N812
 
 ROWS = 6
 """Rows of the result that one inner loop holds in registers."""
@@ -27,8 +27,8 @@ def columns_per_tile(n: int, lanes: int, most: int = 4) -> int | None:
 
 
 @functools.lru_cache(maxsize=256)
-def row_major(k: int, n: int, lanes: int) -> Any | None:
-    """``out[M, n] = x[M, k] @ w[k, n]`` in float32, or None where ``n`` is no multiple of ``lanes``."""
+def row_major(k: int, n: int, lanes: int) -> Any | None:  # noqa: C901 - kernel text
+    """``out[M, n] = x[M, k] @ w[k, n]`` in float32; None if ``n`` is no multiple of ``lanes``."""
     wide = columns_per_tile(n, lanes, 4 if lanes >= 16 else 2)
     stream = columns_per_tile(n, lanes, 8)
     if wide is None or stream is None:
@@ -37,7 +37,7 @@ def row_major(k: int, n: int, lanes: int) -> Any | None:
     tile, strip = lanes * wide, lanes * stream
 
     @T.prim_func(s_tir=True)
-    def matmul(x_data: T.handle, w_data: T.handle, out_data: T.handle):
+    def matmul(x_data: T.handle, w_data: T.handle, out_data: T.handle):  # noqa: C901
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
         m = T.int64()
         x = T.match_buffer(x_data, (m, k), "float32")
@@ -53,7 +53,11 @@ def row_major(k: int, n: int, lanes: int) -> Any | None:
                         acc[j] = T.broadcast(T.float32(0), lanes)
                     for i in T.serial(k):
                         for j in T.unroll(stream):
-                            acc[j] = acc[j] + T.broadcast(x[0, i], lanes) * w[i, T.ramp(t * strip + j * lanes, 1, lanes)]
+                            acc[j] = (
+                                acc[j]
+                                + T.broadcast(x[0, i], lanes)
+                                * w[i, T.ramp(t * strip + j * lanes, 1, lanes)]
+                            )
                     for j in T.unroll(stream):
                         out[0, T.ramp(t * strip + j * lanes, 1, lanes)] = acc[j]
             else:
@@ -65,18 +69,30 @@ def row_major(k: int, n: int, lanes: int) -> Any | None:
                         for i in T.serial(k):
                             for r in T.unroll(ROWS):
                                 for j in T.unroll(wide):
-                                    acc2[r * wide + j] = acc2[r * wide + j] + T.broadcast(x[b * ROWS + r, i], lanes) * w[i, T.ramp(t * tile + j * lanes, 1, lanes)]
+                                    acc2[r * wide + j] = (
+                                        acc2[r * wide + j]
+                                        + T.broadcast(x[b * ROWS + r, i], lanes)
+                                        * w[i, T.ramp(t * tile + j * lanes, 1, lanes)]
+                                    )
                         for r in T.unroll(ROWS):
                             for j in T.unroll(wide):
-                                out[b * ROWS + r, T.ramp(t * tile + j * lanes, 1, lanes)] = acc2[r * wide + j]
+                                out[b * ROWS + r, T.ramp(t * tile + j * lanes, 1, lanes)] = acc2[
+                                    r * wide + j
+                                ]
                     for r in T.serial(m % T.int64(ROWS)):
                         acc3 = T.alloc_buffer((wide,), kind, scope="local")
                         for j in T.unroll(wide):
                             acc3[j] = T.broadcast(T.float32(0), lanes)
                         for i in T.serial(k):
                             for j in T.unroll(wide):
-                                acc3[j] = acc3[j] + T.broadcast(x[m // ROWS * ROWS + r, i], lanes) * w[i, T.ramp(t * tile + j * lanes, 1, lanes)]
+                                acc3[j] = (
+                                    acc3[j]
+                                    + T.broadcast(x[m // ROWS * ROWS + r, i], lanes)
+                                    * w[i, T.ramp(t * tile + j * lanes, 1, lanes)]
+                                )
                         for j in T.unroll(wide):
-                            out[m // ROWS * ROWS + r, T.ramp(t * tile + j * lanes, 1, lanes)] = acc3[j]
+                            out[m // ROWS * ROWS + r, T.ramp(t * tile + j * lanes, 1, lanes)] = (
+                                acc3[j]
+                            )
 
     return matmul

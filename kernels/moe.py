@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
-from tvm.script import tirx as T
+from tvm.script import tirx as T  # noqa: N812
 
 ROWS = 4
 """Rows of a weight matrix whose dot products advance together."""
@@ -58,7 +58,9 @@ def _rows(extent: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def gate_up(experts: int, hidden: int, inner: int, choices: int, lanes: int, activation: str) -> Any:
+def gate_up(  # noqa: C901 - kernel text
+    experts: int, hidden: int, inner: int, choices: int, lanes: int, activation: str
+) -> Any:
     """``h[t, k] = act(gate[e] @ x[t]) * (up[e] @ x[t])`` with ``e = index[t, k]``; float32.
 
     ``x [T, hidden]``, ``index [T, choices]`` int64, ``w [experts, 2 * inner, hidden]`` with the gate
@@ -78,7 +80,11 @@ def gate_up(experts: int, hidden: int, inner: int, choices: int, lanes: int, act
         w = T.match_buffer(w_data, (experts, 2 * inner, hidden), "float32")
         h = T.match_buffer(h_data, (t_count, choices, inner), "float32")
         with T.sblock("root"):
-            T.reads(x[0:t_count, 0:hidden], index[0:t_count, 0:choices], w[0:experts, 0 : 2 * inner, 0:hidden])
+            T.reads(
+                x[0:t_count, 0:hidden],
+                index[0:t_count, 0:choices],
+                w[0:experts, 0 : 2 * inner, 0:hidden],
+            )
             T.writes(h[0:t_count, 0:choices, 0:inner])
             for b in T.parallel(inner // rows):
                 acc = T.alloc_buffer((2 * rows,), kind, scope="local")
@@ -96,8 +102,16 @@ def gate_up(experts: int, hidden: int, inner: int, choices: int, lanes: int, act
                                     acc[r] = T.broadcast(T.float32(0), v)
                                 for s in T.serial(steps):
                                     for r in T.unroll(rows):
-                                        acc[r] = acc[r] + x[t, T.ramp(s * v, 1, v)] * w[e, b * rows + r, T.ramp(s * v, 1, v)]
-                                        acc[rows + r] = acc[rows + r] + x[t, T.ramp(s * v, 1, v)] * w[e, inner + b * rows + r, T.ramp(s * v, 1, v)]
+                                        acc[r] = (
+                                            acc[r]
+                                            + x[t, T.ramp(s * v, 1, v)]
+                                            * w[e, b * rows + r, T.ramp(s * v, 1, v)]
+                                        )
+                                        acc[rows + r] = (
+                                            acc[rows + r]
+                                            + x[t, T.ramp(s * v, 1, v)]
+                                            * w[e, inner + b * rows + r, T.ramp(s * v, 1, v)]
+                                        )
                                 for r in T.unroll(2 * rows):
                                     spill[T.ramp(0, 1, v)] = acc[r]
                                     lane_sums[r] = T.float32(0)
@@ -110,7 +124,7 @@ def gate_up(experts: int, hidden: int, inner: int, choices: int, lanes: int, act
 
 
 @functools.lru_cache(maxsize=64)
-def down(experts: int, hidden: int, inner: int, choices: int, lanes: int) -> Any:
+def down(experts: int, hidden: int, inner: int, choices: int, lanes: int) -> Any:  # noqa: C901
     """``y[t] = sum over k of weight[t, k] * (w[index[t, k]] @ h[t, k])``; float32.
 
     ``h [T, choices, inner]``, ``index [T, choices]`` int64, ``weight [T, choices]``,
@@ -121,7 +135,9 @@ def down(experts: int, hidden: int, inner: int, choices: int, lanes: int) -> Any
     steps = inner // v
 
     @T.prim_func(s_tir=True)
-    def moe_down(h_data: T.handle, i_data: T.handle, g_data: T.handle, w_data: T.handle, y_data: T.handle):
+    def moe_down(
+        h_data: T.handle, i_data: T.handle, g_data: T.handle, w_data: T.handle, y_data: T.handle
+    ):
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
         t_count = T.int64()
         h = T.match_buffer(h_data, (t_count, choices, inner), "float32")
@@ -130,7 +146,12 @@ def down(experts: int, hidden: int, inner: int, choices: int, lanes: int) -> Any
         w = T.match_buffer(w_data, (experts, hidden, inner), "float32")
         y = T.match_buffer(y_data, (t_count, hidden), "float32")
         with T.sblock("root"):
-            T.reads(h[0:t_count, 0:choices, 0:inner], index[0:t_count, 0:choices], weight[0:t_count, 0:choices], w[0:experts, 0:hidden, 0:inner])
+            T.reads(
+                h[0:t_count, 0:choices, 0:inner],
+                index[0:t_count, 0:choices],
+                weight[0:t_count, 0:choices],
+                w[0:experts, 0:hidden, 0:inner],
+            )
             T.writes(y[0:t_count, 0:hidden])
             for b in T.parallel(hidden // rows):
                 acc = T.alloc_buffer((rows,), kind, scope="local")
@@ -147,13 +168,19 @@ def down(experts: int, hidden: int, inner: int, choices: int, lanes: int) -> Any
                                     acc[r] = T.broadcast(T.float32(0), v)
                                 for s in T.serial(steps):
                                     for r in T.unroll(rows):
-                                        acc[r] = acc[r] + h[t, k, T.ramp(s * v, 1, v)] * w[e, b * rows + r, T.ramp(s * v, 1, v)]
+                                        acc[r] = (
+                                            acc[r]
+                                            + h[t, k, T.ramp(s * v, 1, v)]
+                                            * w[e, b * rows + r, T.ramp(s * v, 1, v)]
+                                        )
                                 for r in T.unroll(rows):
                                     spill[T.ramp(0, 1, v)] = acc[r]
                                     lane_sums[r] = T.float32(0)
                                     for j in T.serial(v):
                                         lane_sums[r] = lane_sums[r] + spill[j]
                                 for r in T.unroll(rows):
-                                    y[t, b * rows + r] = y[t, b * rows + r] + weight[t, k] * lane_sums[r]
+                                    y[t, b * rows + r] = (
+                                        y[t, b * rows + r] + weight[t, k] * lane_sums[r]
+                                    )
 
     return moe_down

@@ -18,7 +18,7 @@ Dim = Any
 """An ``int`` or an int64 ``tirx.Expr``."""
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818 - a verdict, not an error
     """A node (or a use of it) that this backend does not run; the text is the reason."""
 
 
@@ -183,11 +183,15 @@ def at_least(dim: Dim, other: Dim) -> Dim:
     """The larger of two dims."""
     if isinstance(dim, int) and isinstance(other, int):
         return max(dim, other)
-    return tirx.max(*(d if not isinstance(d, int) else tirx.const(d, "int64") for d in (dim, other)))
+    return tirx.max(
+        *(d if not isinstance(d, int) else tirx.const(d, "int64") for d in (dim, other))
+    )
 
 
 def at_most(dim: Dim, other: Dim) -> Dim:
     """The smaller of two dims."""
     if isinstance(dim, int) and isinstance(other, int):
         return min(dim, other)
-    return tirx.min(*(d if not isinstance(d, int) else tirx.const(d, "int64") for d in (dim, other)))
+    return tirx.min(
+        *(d if not isinstance(d, int) else tirx.const(d, "int64") for d in (dim, other))
+    )

@@ -1,7 +1,7 @@
 """One ONNX model straight to a callable, without bundle, partition or fallback: for tests.
 
-    run = compile_model(proto)
-    outputs = run({"x": array})
+run = compile_model(proto)
+outputs = run({"x": array})
 """
 
 from __future__ import annotations
@@ -58,5 +58,5 @@ def _at_opset(proto: onnx.ModelProto) -> onnx.ModelProto:
         return proto
     try:
         return onnx.version_converter.convert_version(proto, OPSET)
-    except Exception:  # the converter raises bare RuntimeErrors of many kinds
+    except Exception:  # noqa: BLE001 - the converter raises bare RuntimeErrors of many kinds
         return proto

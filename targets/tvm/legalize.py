@@ -1,4 +1,4 @@
-"""Rewrites a graph into ops that have converters: refused nodes with a function body get inlined."""
+"""Rewrites a graph into ops that have converters: refused ops are replaced by their bodies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MAX_ROUNDS = 8
 
 
 def legalize(graph: Graph, shaping: Shaping) -> Graph:
-    """A copy of ``graph`` in which refused nodes are replaced by their bodies where they have one."""
+    """A copy of ``graph`` in which refused nodes that have a body are replaced by it."""
     graph = graph.clone()
     infer_types(graph.model)
     for _ in range(_MAX_ROUNDS):

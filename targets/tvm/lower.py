@@ -1,7 +1,7 @@
-"""The whole graph: :func:`lower` makes a Relax module of it, :func:`check` says what it would refuse.
+"""The whole graph: :func:`lower` makes a Relax module, :func:`check` says what it would refuse.
 
-    lowered = lower(graph, Shaping(lanes=16, cores=8))
-    lowered.module["main"]          # main(inputs..., weights...) -> tuple of outputs
+lowered = lower(graph, Shaping(lanes=16, cores=8))
+lowered.module["main"]          # main(inputs..., weights...) -> tuple of outputs
 """
 
 from __future__ import annotations
@@ -101,9 +101,7 @@ class _Walk:
         return Lowered(
             self._builder.get(),
             tuple(Port(v.name or "", _dtype(v)) for v in self._inputs),
-            tuple(
-                Port(v.name or "", self._context.operand(v).dtype) for v in self._graph.outputs
-            ),
+            tuple(Port(v.name or "", self._context.operand(v).dtype) for v in self._graph.outputs),
             tuple(self._weights),
         )
 

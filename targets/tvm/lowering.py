@@ -49,7 +49,7 @@ class Operand:
 
     @property
     def stored(self) -> str:
-        """dtype of the TVM tensor."""
+        """Dtype of the TVM tensor."""
         return STORED_AS[self.dtype]
 
 
@@ -203,9 +203,7 @@ class Lowering:
         """Bind ``te.compute``: ``body(*tensors, indices)`` is the element at ``indices``."""
 
         def kernel(*tensors: Any) -> Any:
-            return te.compute(
-                [_index(d) for d in shape], lambda *i: body(*tensors, i), name=name
-            )
+            return te.compute([_index(d) for d in shape], lambda *i: body(*tensors, i), name=name)
 
         return self.te(kernel, *operands, name=name, dtype=dtype)
 
@@ -242,7 +240,9 @@ class Lowering:
             raise
         except Exception as error:
             text = str(error).strip().splitlines()
-            raise Refused(f"{type(error).__name__}: {text[-1] if text else 'no message'}") from error
+            raise Refused(
+                f"{type(error).__name__}: {text[-1] if text else 'no message'}"
+            ) from error
         results = [result] if isinstance(result, Operand) else list(result)
         for value, operand in zip(node.outputs, results, strict=False):
             if operand is not None:

@@ -88,7 +88,9 @@ class Program:
         try:
             results = self._main(*arguments, *self._weights)
         except (ValueError, TypeError, RuntimeError) as error:
-            shapes = ", ".join(f"{p.name} {a.shape}" for p, a in zip(self.inputs, arguments, strict=True))
+            shapes = ", ".join(
+                f"{p.name} {a.shape}" for p, a in zip(self.inputs, arguments, strict=True)
+            )
             raise InputError(
                 f"the inputs do not fit the program: {shapes}: {str(error).splitlines()[-1]}",
                 "check the shapes against the signature",

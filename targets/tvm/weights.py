@@ -105,7 +105,9 @@ def shared_tensor(raw: np.ndarray, stored: str, shape: tuple[int, ...]) -> tvm.r
     """
     address = raw.ctypes.data
     if address % ALIGNMENT == 0 and raw.nbytes and stored != "bool":
-        carrier = np.dtype(f"u{np.dtype(stored).itemsize}") if stored == "bfloat16" else np.dtype(stored)
+        carrier = (
+            np.dtype(f"u{np.dtype(stored).itemsize}") if stored == "bfloat16" else np.dtype(stored)
+        )
         # DLPack refuses read-only arrays; a view by address has no such flag.
         view = np.frombuffer((ctypes.c_char * raw.nbytes).from_address(address), carrier)
         tensor = tvm.runtime.from_dlpack(view.reshape(shape))

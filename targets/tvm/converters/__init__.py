@@ -18,16 +18,28 @@ from hal.targets.tvm.converters import (
     reduce,
     rest,
     shape,
+    slicing,
 )
 from hal.targets.tvm.dims import Refused
 from hal.targets.tvm.lowering import Converter
 
-_FAMILIES = (elementwise, cast, shape, reduce, matmul, index, norm, quantize, attention, nn, rest)
+_FAMILIES = (
+    elementwise,
+    cast,
+    shape,
+    slicing,
+    reduce,
+    matmul,
+    index,
+    norm,
+    quantize,
+    attention,
+    nn,
+    rest,
+)
 
 CONVERTERS: dict[tuple[str, str], Converter] = {
-    ("", name): function
-    for family in _FAMILIES
-    for name, function in family.CONVERTERS.items()
+    ("", name): function for family in _FAMILIES for name, function in family.CONVERTERS.items()
 } | {(HAL_DOMAIN, name): function for name, function in hal_ops.CONVERTERS.items()}
 """Converters by domain and op type."""
 

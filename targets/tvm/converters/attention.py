@@ -55,7 +55,9 @@ def attention(op: Op) -> list[Operand | None]:
     if op.wants(3):
         capped = scores
         if mode == 1 and op.attribute("softcap", 0.0):
-            capped = op.compute(scores.shape, lambda s, i: _capped(s(*i), op.attribute("softcap")), scores)
+            capped = op.compute(
+                scores.shape, lambda s, i: _capped(s(*i), op.attribute("softcap")), scores
+            )
         chosen = {0: scores, 1: capped, 2: biased, 3: weights}[mode]
         debug = op.compute(chosen.shape, lambda s, i: s(*i).astype(q.stored), chosen, dtype=q.dtype)
     if q_in.rank == 3:
@@ -110,7 +112,9 @@ def _capped(score: Any, softcap: float) -> Any:
     return tirx.tanh(score / cap) * cap
 
 
-def _biased(op: Op, scores: Operand, q: Operand, k: Operand, past: Dim, *, softcap: float) -> Operand:
+def _biased(
+    op: Op, scores: Operand, q: Operand, k: Operand, past: Dim, *, softcap: float
+) -> Operand:
     """Scores after softcap, with -inf wherever a query may not look."""
     mask, lengths = op.optional(3), op.optional(6)
     causal = bool(op.attribute("is_causal", 0))
@@ -148,7 +152,13 @@ def _biased(op: Op, scores: Operand, q: Operand, k: Operand, past: Dim, *, softc
 
 
 def _masked(
-    tensor: Any, mask: Any, i: Sequence[Any], shape: Sequence[Dim], total: Dim, score: Any, wide: str
+    tensor: Any,
+    mask: Any,
+    i: Sequence[Any],
+    shape: Sequence[Dim],
+    total: Dim,
+    score: Any,
+    wide: str,
 ) -> tuple[Any, list[Any]]:
     """The score with a float mask added, and conditions of a bool (or short) mask."""
     last = mask.shape[-1]
@@ -192,9 +202,9 @@ def _guarded_softmax(op: Op, x: Operand) -> Operand:
         sums = te.compute(peak.shape, lambda *i: te.sum(exps(*i, k2), axis=k2), name="sums")
         return te.compute(
             tensor.shape,
-            lambda *i: (
-                exps(*i) / tirx.Select(sums(*i[:3]) == zero, one, sums(*i[:3]))
-            ).astype(x.stored),
+            lambda *i: (exps(*i) / tirx.Select(sums(*i[:3]) == zero, one, sums(*i[:3]))).astype(
+                x.stored
+            ),
             name="weights",
         )
 

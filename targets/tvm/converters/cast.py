@@ -85,14 +85,20 @@ def _plain(value: Any, source: ir.DataType, to: ir.DataType) -> Any:
         return small_floats.to_bfloat16(value)
     if source in FLOATS and to in FLOATS and ir.DataType.BFLOAT16 in (source, to):
         middle = value.astype("float32")
-        return small_floats.to_bfloat16(middle) if to is ir.DataType.BFLOAT16 else middle.astype(stored)
+        return (
+            small_floats.to_bfloat16(middle)
+            if to is ir.DataType.BFLOAT16
+            else middle.astype(stored)
+        )
     if to is ir.DataType.BFLOAT16:
         return small_floats.to_bfloat16(value.astype("float32"))
     return value.astype(stored)
 
 
 def _to_int(value: Any, source: ir.DataType, stored: str) -> Any:
-    wide = value.astype("float32") if source in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) else value
+    wide = (
+        value.astype("float32") if source in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) else value
+    )
     if stored in ("int64", "uint64"):
         return wide.astype(stored)
     return wide.astype("int64").astype(stored)

@@ -18,7 +18,9 @@ from hal.targets.tvm.lowering import Op, Operand
 _BOOL = frozenset({ir.DataType.BOOL})
 
 
-def broadcast_index(tensor: Any, indices: Sequence[Any], shape: Sequence[Dim], out: Sequence[Dim]) -> Any:
+def broadcast_index(
+    tensor: Any, indices: Sequence[Any], shape: Sequence[Dim], out: Sequence[Dim]
+) -> Any:
     """The element of ``tensor`` that broadcasts to ``indices`` of a result of shape ``out``."""
     offset = len(out) - len(shape)
     picked = []
@@ -34,7 +36,9 @@ def broadcast_index(tensor: Any, indices: Sequence[Any], shape: Sequence[Dim], o
     return tensor(*picked)
 
 
-def elementwise(op: Op, body: Callable[..., Any], operands: Sequence[Operand], dtype: Any = None) -> Operand:
+def elementwise(
+    op: Op, body: Callable[..., Any], operands: Sequence[Operand], dtype: Any = None
+) -> Operand:
     """Apply ``body`` to the broadcast elements of ``operands``."""
     shape = op.symbols.broadcast([o.shape for o in operands])
 
@@ -59,7 +63,9 @@ def _same(op: Op, shape: Sequence[Dim], out: Sequence[Dim]) -> list[Dim]:
     ]
 
 
-def _unary(body: Callable[[Any], Any], allowed: frozenset[ir.DataType] = FLOATS) -> Callable[[Op], Operand]:
+def _unary(
+    body: Callable[[Any], Any], allowed: frozenset[ir.DataType] = FLOATS
+) -> Callable[[Op], Operand]:
     def convert(op: Op) -> Operand:
         x = op.require(0, allowed)
         return elementwise(op, body, [x], x.dtype)
@@ -88,12 +94,14 @@ def constant_like(value: float, x: Any) -> Any:
 
 
 def dtype_of(x: Any) -> str:
-    """dtype of a scalar expression."""
+    """Dtype of a scalar expression."""
     return str(x.ty.dtype)
 
 
 def _binary(
-    body: Callable[[Any, Any], Any], allowed: frozenset[ir.DataType], result: ir.DataType | None = None
+    body: Callable[[Any, Any], Any],
+    allowed: frozenset[ir.DataType],
+    result: ir.DataType | None = None,
 ) -> Callable[[Op], Operand]:
     def convert(op: Op) -> Operand:
         a, b = op.require(0, allowed), op.require(1, allowed)
@@ -261,7 +269,10 @@ def clip(op: Op) -> Operand:
     low, high = op.optional(1), op.optional(2)
     attributes = [op.attribute("min"), op.attribute("max")]
     if any(a is not None for a in attributes):
-        limits = [None if a is None else op.context.embed(np.array(a, x.stored), x.dtype) for a in attributes]
+        limits = [
+            None if a is None else op.context.embed(np.array(a, x.stored), x.dtype)
+            for a in attributes
+        ]
         low, high = limits[0] or low, limits[1] or high
     bounds = [b for b in (low, high) if b is not None]
 
@@ -372,6 +383,13 @@ def erf(x: Any) -> Any:
     return tirx.erf(x)
 
 
+def log1p(x: Any) -> Any:
+    """``log(1 + x)``, exact for small ``x``."""
+    if dtype_of(x) == "float64":
+        return tirx.call_pure_extern("float64", "log1p", x)
+    return tirx.call_pure_extern("float32", "log1pf", x)
+
+
 UNARY_FLOAT: dict[str, Callable[[Any], Any]] = {
     "Acos": tirx.acos,
     "Acosh": tirx.acosh,
@@ -388,22 +406,25 @@ UNARY_FLOAT: dict[str, Callable[[Any], Any]] = {
     "Log": tirx.log,
     "Reciprocal": lambda x: constant_like(1.0, x) / x,
     "Round": round_half_even,
-    "Sigmoid": lambda x: constant_like(1.0, x) / (constant_like(1.0, x) + tirx.exp(constant_like(0.0, x) - x)),
+    "Sigmoid": lambda x: (
+        constant_like(1.0, x) / (constant_like(1.0, x) + tirx.exp(constant_like(0.0, x) - x))
+    ),
     "Sin": tirx.sin,
     "Sinh": tirx.sinh,
     "Sqrt": tirx.sqrt,
     "Tan": tirx.tan,
     "Tanh": tirx.tanh,
     "Softsign": lambda x: x / (constant_like(1.0, x) + tirx.abs(x)),
-    "Softplus": lambda x: tirx.Select(
-        x > constant_like(20.0, x), x, tirx.log(tirx.exp(x) + constant_like(1.0, x))
-    ),
+    "Softplus": lambda x: tirx.Select(x > constant_like(20.0, x), x, log1p(tirx.exp(x))),
 }
 
 CONVERTERS: dict[str, Callable[[Op], Any]] = {
     **{name: _float_unary(body) for name, body in UNARY_FLOAT.items()},
     "Abs": _unary(_absolute, NUMBERS),
-    "Neg": _unary(lambda x: constant_like(0, x) - x if not _is_float(x) else constant_like(-1, x) * x, FLOATS | SIGNED),
+    "Neg": _unary(
+        lambda x: constant_like(0, x) - x if not _is_float(x) else constant_like(-1, x) * x,
+        FLOATS | SIGNED,
+    ),
     "Sign": _unary(sign, NUMBERS),
     "Relu": _unary(lambda x: maximum(x, constant_like(0, x)), FLOATS | SIGNED),
     "BitwiseNot": _unary(lambda x: tirx.bitwise_not(x), INTEGERS),

@@ -1,4 +1,4 @@
-"""Ops that read or write elements at computed places: gather, scatter, one-hot, top-k, …"""
+"""Ops that read or write elements at computed places: gather, scatter, one-hot, top-k."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import onnx_ir as ir
 from tvm import relax, te, tirx, topi
 
 from hal.targets.tvm import contents
-from hal.targets.tvm.dims import Dim, Refused, product
-from hal.targets.tvm.dtypes import NUMBERS
 from hal.targets.tvm.converters.elementwise import maximum, minimum, truth
 from hal.targets.tvm.converters.shape import reshaped
+from hal.targets.tvm.dims import Dim, Refused, product
+from hal.targets.tvm.dtypes import NUMBERS
 from hal.targets.tvm.lowering import Op, Operand
 
 
@@ -102,7 +102,11 @@ _COMBINE: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def scatter_loop(
-    op: Op, x: Operand, operands: Sequence[Operand], count: Dim, write: Callable[..., tuple[Any, Any]]
+    op: Op,
+    x: Operand,
+    operands: Sequence[Operand],
+    count: Dim,
+    write: Callable[..., tuple[Any, Any]],
 ) -> Operand:
     """Copy ``x``, then for ``t < count`` store what ``write`` says, in order.
 
@@ -114,7 +118,7 @@ def scatter_loop(
     def kernel(*tensors: Any) -> Any:
         def generate(ins: Any, outs: Any) -> Any:
             from tvm.script.ir_builder import IRBuilder
-            from tvm.script.ir_builder import tirx as T
+            from tvm.script.ir_builder import tirx as T  # noqa: N812
 
             with IRBuilder() as builder, T.seq_scope():
                 with T.serial(tirx.const(0, "int64"), _const(total)) as i:
@@ -322,7 +326,9 @@ def nonzero(op: Op) -> Operand:
         where = te.compute(
             (_const(declared[1]),),
             lambda i: te.max(
-                tirx.Select(tirx.And(keep[k], rank[k] == i), k.var.astype("int64"), tirx.const(0, "int64")),
+                tirx.Select(
+                    tirx.And(keep[k], rank[k] == i), k.var.astype("int64"), tirx.const(0, "int64")
+                ),
                 axis=k,
             ),
             name="where",

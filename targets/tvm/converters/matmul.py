@@ -19,7 +19,7 @@ _BYTES = frozenset({ir.DataType.INT8, ir.DataType.UINT8})
 
 
 def accumulator(stored: str) -> str:
-    """dtype in which products of ``stored`` are summed."""
+    """Dtype in which products of ``stored`` are summed."""
     return "float32" if stored in ("float16", "bfloat16") else stored
 
 
@@ -76,11 +76,14 @@ def _batched(op: Op, a: Operand, b: Operand) -> Operand:
     return op.te(kernel, a, b, dtype=a.dtype)
 
 
-def _batch_element(op: Op, tensor: Any, batch_indices: Any, shape: Sequence[Dim], batch: Sequence[Dim], last: Any) -> Any:
+def _batch_element(
+    op: Op, tensor: Any, batch_indices: Any, shape: Sequence[Dim], batch: Sequence[Dim], last: Any
+) -> Any:
     own = shape[:-2]
     offset = len(batch) - len(own)
     aligned = [
-        batch[offset + i] if op.symbols.equal(d, batch[offset + i]) else d for i, d in enumerate(own)
+        batch[offset + i] if op.symbols.equal(d, batch[offset + i]) else d
+        for i, d in enumerate(own)
     ]
 
     def pick(*indices: Any) -> Any:
@@ -175,7 +178,9 @@ def requantize(
             ratio = ratio * factor.astype("float32")
         value = v.astype("float32") * (ratio / out_scale.astype("float32"))
         rounded = tirx.nearbyint(value) + zero.astype("float32")
-        limited = tirx.max(tirx.min(rounded, tirx.const(float(high), "float32")), tirx.const(float(low), "float32"))
+        limited = tirx.max(
+            tirx.min(rounded, tirx.const(float(high), "float32")), tirx.const(float(low), "float32")
+        )
         return limited.astype("int32").astype(y_zero.stored)
 
     return elementwise(op, body, operands, y_zero.dtype)

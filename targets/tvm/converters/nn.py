@@ -115,7 +115,8 @@ def convolve(op: Op, x: Operand, w: Operand, bias: Operand | None) -> Operand:
             channel = c if groups == 1 else tirx.floordiv(o, m // groups) * per_group + c
             at = [p * window.strides[a] + ks[a] * window.dilations[a] for a, p in enumerate(places)]
             return te.sum(
-                padded(n, channel, *at).astype(wide) * weights(o, c, *ks).astype(wide), axis=[c, *ks]
+                padded(n, channel, *at).astype(wide) * weights(o, c, *ks).astype(wide),
+                axis=[c, *ks],
             )
 
         result = te.compute([_const(d) for d in (x.shape[0], m, *window.out)], element, name="conv")
@@ -123,14 +124,18 @@ def convolve(op: Op, x: Operand, w: Operand, bias: Operand | None) -> Operand:
             return result
         return te.compute(
             result.shape,
-            lambda *i: (result(*i) + (rest[0](i[1]).astype(wide) if rest else tirx.const(0, wide))).astype(x.stored),
+            lambda *i: (
+                result(*i) + (rest[0](i[1]).astype(wide) if rest else tirx.const(0, wide))
+            ).astype(x.stored),
             name="biased",
         )
 
     return op.te(kernel, x, w, *([bias] if bias is not None else []), dtype=x.dtype)
 
 
-def _padded_element(data: Any, i: Sequence[Any], window: Window, spatial: Sequence[Dim], stored: str) -> Any:
+def _padded_element(
+    data: Any, i: Sequence[Any], window: Window, spatial: Sequence[Dim], stored: str
+) -> Any:
     places = [p - window.before[a] for a, p in enumerate(i[2:])]
     inside = _inside(window, places, spatial)
     return tirx.if_then_else(tirx.all(*inside), data(*i[:2], *places), tirx.const(0, stored))
@@ -147,13 +152,17 @@ def _centered(op: Op, x: Operand, zero: Operand | None, axis: int) -> Operand:
     if zero.rank == 1:
         dims = [zero.shape[0] if a == axis else 1 for a in range(x.rank)]
         zero = reshaped(op, zero, dims)
-    return elementwise(op, lambda v, z: v.astype("int32") - z.astype("int32"), [x, zero], ir.DataType.INT32)
+    return elementwise(
+        op, lambda v, z: v.astype("int32") - z.astype("int32"), [x, zero], ir.DataType.INT32
+    )
 
 
 def conv_integer(op: Op) -> Operand:
     """``ConvInteger``: int32 result of 8-bit operands."""
     x, w = op.require(0, _BYTES), op.require(1, _BYTES)
-    return convolve(op, _centered(op, x, op.optional(2), 1), _centered(op, w, op.optional(3), 0), None)
+    return convolve(
+        op, _centered(op, x, op.optional(2), 1), _centered(op, w, op.optional(3), 0), None
+    )
 
 
 def qlinear_conv(op: Op) -> Operand:
@@ -206,7 +215,9 @@ def conv_transpose(op: Op) -> Operand:
             return te.sum(value, axis=[c, *ks])
 
         result = te.compute(
-            [_const(d) for d in (x.shape[0], per_group * groups, *out)], element, name="conv_transpose"
+            [_const(d) for d in (x.shape[0], per_group * groups, *out)],
+            element,
+            name="conv_transpose",
         )
         if not rest:
             return result
@@ -216,7 +227,11 @@ def conv_transpose(op: Op) -> Operand:
 
 
 def _transpose_geometry(
-    op: Op, spatial: Sequence[int], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+    op: Op,
+    spatial: Sequence[int],
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
 ) -> tuple[list[int], list[int]]:
     """Leading pads and result extents of a transposed convolution."""
     rank = len(spatial)
@@ -261,7 +276,9 @@ def max_pool(op: Op) -> list[Operand]:
                 value = tirx.if_then_else(tirx.all(*inside), value, lowest)
             return te.max(value, axis=ks)
 
-        return te.compute([_const(d) for d in (*x.shape[:2], *window.out)], element, name="max_pool")
+        return te.compute(
+            [_const(d) for d in (*x.shape[:2], *window.out)], element, name="max_pool"
+        )
 
     pooled = op.te(kernel, x, dtype=x.dtype)
     if not op.wants(1):
@@ -298,7 +315,9 @@ def _max_indices(op: Op, x: Operand, pooled: Operand, window: Window) -> Operand
     return op.te(kernel, x, pooled, dtype=ir.DataType.INT64)
 
 
-def _pool_sum(op: Op, x: Operand, window: Window, prepare: Callable[[Any], Any], wide: str) -> Operand:
+def _pool_sum(
+    op: Op, x: Operand, window: Window, prepare: Callable[[Any], Any], wide: str
+) -> Operand:
     spatial = x.shape[2:]
 
     def kernel(data: Any) -> Any:
@@ -312,7 +331,9 @@ def _pool_sum(op: Op, x: Operand, window: Window, prepare: Callable[[Any], Any],
                 value = tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, wide))
             return te.sum(value, axis=ks)
 
-        return te.compute([_const(d) for d in (*x.shape[:2], *window.out)], element, name="pool_sum")
+        return te.compute(
+            [_const(d) for d in (*x.shape[:2], *window.out)], element, name="pool_sum"
+        )
 
     return op.te(kernel, x)
 
@@ -376,7 +397,11 @@ def global_max_pool(op: Op) -> Operand:
 def col2im(op: Op) -> Operand:
     """``Col2Im``: overlapping columns added back into an image."""
     x = op.require(0, FLOATS)
-    image = [int(v) for v in op.declared()[2:]] if op.declared() else op.needs(1, "image shape").tolist()
+    image = (
+        [int(v) for v in op.declared()[2:]]
+        if op.declared()
+        else op.needs(1, "image shape").tolist()
+    )
     raw_block = op.constant(2)
     if raw_block is None:
         raise Refused("the block shape of Col2Im must be known at compile time")
@@ -398,7 +423,11 @@ def col2im(op: Op) -> Operand:
             for a in range(rank):
                 distance = i[2 + a] + pads[a] - offsets[a] * dilations[a]
                 step = tirx.floordiv(distance, strides[a])
-                conditions += [tirx.floormod(distance, strides[a]) == 0, step >= 0, step < counts[a]]
+                conditions += [
+                    tirx.floormod(distance, strides[a]) == 0,
+                    step >= 0,
+                    step < counts[a],
+                ]
                 place = place * counts[a] + step
                 element = element * block[a] + offsets[a]
             row = i[1] * math.prod(block) + element

@@ -9,7 +9,13 @@ from typing import Any
 import onnx_ir as ir
 from tvm import te, tirx
 
-from hal.targets.tvm.converters.elementwise import constant_like, dtype_of, elementwise, maximum
+from hal.targets.tvm.converters.elementwise import (
+    constant_like,
+    dtype_of,
+    elementwise,
+    log1p,
+    maximum,
+)
 from hal.targets.tvm.converters.reduce import fold, total
 from hal.targets.tvm.converters.shape import reshaped
 from hal.targets.tvm.dims import Refused, product
@@ -44,15 +50,18 @@ def rms_normalization(op: Op) -> Operand:
         count = _count(x.shape[axis:], wide)
         inverse = te.compute(
             squares.shape,
-            lambda *i: tirx.const(1.0, wide)
-            / tirx.sqrt(squares(*i) / count + tirx.const(epsilon, wide)),
+            lambda *i: (
+                tirx.const(1.0, wide) / tirx.sqrt(squares(*i) / count + tirx.const(epsilon, wide))
+            ),
             name="inverse",
         )
         lead = x.rank - scale.rank
 
         def element(*i: Any) -> Any:
             normal = (tensor(*i).astype(wide) * inverse(*i[:axis])).astype(x.stored)
-            return (normal.astype(scale.stored) * _scaled(weight, scale, i[lead:])).astype(scale.stored)
+            return (normal.astype(scale.stored) * _scaled(weight, scale, i[lead:])).astype(
+                scale.stored
+            )
 
         return te.compute(tensor.shape, element, name="rms_normalization")
 
@@ -137,9 +146,14 @@ def group_normalization(op: Op) -> Operand:
     if scale.shape[0] != c:
         raise Refused("GroupNormalization with a scale per group")
     grouped = reshaped(op, x, [n, groups, c // groups, *spatial])
-    mean, inverse = moments(op, grouped, list(range(2, grouped.rank)), op.attribute("epsilon", 1e-5))
+    mean, inverse = moments(
+        op, grouped, list(range(2, grouped.rank)), op.attribute("epsilon", 1e-5)
+    )
     normal = elementwise(
-        op, lambda v, m, r: ((v.astype(_wide(x)) - m) * r).astype(x.stored), [grouped, mean, inverse], x.dtype
+        op,
+        lambda v, m, r: ((v.astype(_wide(x)) - m) * r).astype(x.stored),
+        [grouped, mean, inverse],
+        x.dtype,
     )
     flat = reshaped(op, normal, x.shape)
     return elementwise(
@@ -164,11 +178,15 @@ def batch_normalization(op: Op) -> list[Operand]:
         summed = total(op, x, axes)
         batch_mean = elementwise(op, lambda s: s / count, [summed])
         centered = elementwise(op, lambda v, m: v.astype("float32") - m, [x, batch_mean])
-        batch_variance = elementwise(op, lambda s: s / count, [total(op, centered, axes, prepare=_square)])
+        batch_variance = elementwise(
+            op, lambda s: s / count, [total(op, centered, axes, prepare=_square)]
+        )
         statistics = [reshaped(op, s, mean.shape) for s in (batch_mean, batch_variance)]
 
         def blend(old: Any, new: Any) -> Any:
-            return old * constant_like(momentum, old) + new.astype(dtype_of(old)) * constant_like(1 - momentum, old)
+            return old * constant_like(momentum, old) + new.astype(dtype_of(old)) * constant_like(
+                1 - momentum, old
+            )
 
         updated = [
             elementwise(op, blend, [old, new], old.dtype)
@@ -205,7 +223,11 @@ def lrn(op: Op) -> Operand:
     """``LRN`` across channels."""
     x = op.require(0, FLOATS)
     size = op.attribute("size")
-    alpha, beta, bias = op.attribute("alpha", 1e-4), op.attribute("beta", 0.75), op.attribute("bias", 1.0)
+    alpha, beta, bias = (
+        op.attribute("alpha", 1e-4),
+        op.attribute("beta", 0.75),
+        op.attribute("bias", 1.0),
+    )
     channels = x.shape[1]
 
     def kernel(tensor: Any) -> Any:
@@ -306,13 +328,6 @@ def celu(op: Op) -> Operand:
     return _activation(_celu, alpha=1.0)(op)
 
 
-def log1p(x: Any) -> Any:
-    """``log(1 + x)``, exact for small ``x``."""
-    if dtype_of(x) == "float64":
-        return tirx.call_pure_extern("float64", "log1p", x)
-    return tirx.call_pure_extern("float32", "log1pf", x)
-
-
 def _mish(x: Any) -> Any:
     soft = tirx.Select(x > constant_like(20.0, x), x, log1p(tirx.exp(x)))
     return x * tirx.tanh(soft)
@@ -335,13 +350,19 @@ CONVERTERS: dict[str, Callable[[Op], Any]] = {
     "SwiGLU": swiglu,
     "Swish": _activation(lambda x, alpha: x * sigmoid(alpha * x), alpha=1.0),
     "HardSigmoid": _activation(_hard_sigmoid, alpha=0.2, beta=0.5),
-    "HardSwish": _activation(lambda x: x * _hard_sigmoid(x, constant_like(1 / 6, x), constant_like(0.5, x))),
-    "LeakyRelu": _activation(lambda x, a: tirx.Select(x < constant_like(0, x), a * x, x), alpha=0.01),
+    "HardSwish": _activation(
+        lambda x: x * _hard_sigmoid(x, constant_like(1 / 6, x), constant_like(0.5, x))
+    ),
+    "LeakyRelu": _activation(
+        lambda x, a: tirx.Select(x < constant_like(0, x), a * x, x), alpha=0.01
+    ),
     "Selu": _activation(_selu, alpha=1.6732632423543772, gamma=1.0507009873554805),
     "Elu": _activation(_elu, alpha=1.0),
     "Celu": celu,
     "Mish": _activation(_mish),
-    "ThresholdedRelu": _activation(lambda x, a: tirx.Select(x > a, x, constant_like(0, x)), alpha=1.0),
+    "ThresholdedRelu": _activation(
+        lambda x, a: tirx.Select(x > a, x, constant_like(0, x)), alpha=1.0
+    ),
     "Shrink": _activation(_shrink, bias=0.0, lambd=0.5),
 }
 """Converters of this family by op type."""

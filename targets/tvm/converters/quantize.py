@@ -68,7 +68,7 @@ def dequantize_linear(op: Op) -> Operand:
         at = _parameter_index(op, x, scale, i)
         value = v(*i).astype(middle)
         if zeros:
-            value = value - zeros[0](*at).astype(middle)
+            value = value - zeros[0](*_parameter_index(op, x, operands[2], i)).astype(middle)
         return (value.astype("float32") * s(*at).astype("float32")).astype(STORED_AS[dtype])
 
     return op.compute(x.shape, body, *operands, dtype=dtype)
@@ -99,7 +99,7 @@ def quantize_linear(op: Op) -> Operand:
             *zeros, i = rest
             value = scaled(v, s, i)
             if zeros:
-                value = value + zeros[0](*_parameter_index(op, x, scale, i)).astype("float32")
+                value = value + zeros[0](*_parameter_index(op, x, operands[2], i)).astype("float32")
             return value
 
         wide = op.compute(x.shape, quotient, *operands, dtype=_D.FLOAT)
@@ -112,7 +112,7 @@ def quantize_linear(op: Op) -> Operand:
         *zeros, i = rest
         value = tirx.nearbyint(scaled(v, s, i))
         if zeros:
-            value = value + zeros[0](*_parameter_index(op, x, scale, i)).astype("float32")
+            value = value + zeros[0](*_parameter_index(op, x, operands[2], i)).astype("float32")
         limited = tirx.max(tirx.min(value, high), low).astype("int32")
         return limited.astype(STORED_AS[dtype])
 
@@ -130,13 +130,21 @@ def dynamic_quantize_linear(op: Op) -> list[Operand]:
 
     def point(m: Any, s: Any) -> Any:
         value = tirx.nearbyint(zero - m / s)
-        return tirx.max(tirx.min(value, tirx.const(255.0, "float32")), zero).astype("int32").astype("uint8")
+        return (
+            tirx.max(tirx.min(value, tirx.const(255.0, "float32")), zero)
+            .astype("int32")
+            .astype("uint8")
+        )
 
     zero_point = elementwise(op, point, [low, scale], _D.UINT8)
 
     def quantized(v: Any, s: Any, z: Any) -> Any:
         value = tirx.nearbyint(v / s) + z.astype("float32")
-        return tirx.max(tirx.min(value, tirx.const(255.0, "float32")), zero).astype("int32").astype("uint8")
+        return (
+            tirx.max(tirx.min(value, tirx.const(255.0, "float32")), zero)
+            .astype("int32")
+            .astype("uint8")
+        )
 
     y = elementwise(op, quantized, [x, scale, zero_point], _D.UINT8)
     return [y, scale, zero_point]

@@ -128,12 +128,16 @@ def _wide(x: Operand) -> str:
     return "float32" if x.stored in ("float16", "bfloat16") else x.stored
 
 
-def total(op: Op, x: Operand, axes: Sequence[int], *, keep: bool = True, prepare: Any = lambda v: v) -> Operand:
+def total(
+    op: Op, x: Operand, axes: Sequence[int], *, keep: bool = True, prepare: Any = lambda v: v
+) -> Operand:
     """Sum over ``axes``; half precision is summed in float32 and stays float32."""
     return fold(op, x, axes, add, _zero, prepare=prepare, keep=keep, accumulate=_wide(x))
 
 
-def _finish(op: Op, x: Operand, result: Operand, after: Callable[[Any], Any] | None = None) -> Operand:
+def _finish(
+    op: Op, x: Operand, result: Operand, after: Callable[[Any], Any] | None = None
+) -> Operand:
     """Apply ``after`` and return to the dtype of ``x``."""
     if after is None and result.stored == x.stored:
         return Operand(x.dtype, result.shape, result.expr)
@@ -161,7 +165,9 @@ def _reduction(
         if not axes:
             result = elementwise(op, lambda v: prepare(v.astype(_wide(x))), [x])
         else:
-            result = fold(op, x, axes, combine, start, prepare=prepare, keep=keep, accumulate=_wide(x))
+            result = fold(
+                op, x, axes, combine, start, prepare=prepare, keep=keep, accumulate=_wide(x)
+            )
         return _finish(op, x, result, after)
 
     return convert
@@ -182,7 +188,9 @@ def scaled_mean(op: Op, x: Operand, summed: Operand, count: Any) -> Operand:
     """``summed / count`` in the dtype of ``x``; ``count`` is a dim."""
 
     def body(v: Any) -> Any:
-        number = tirx.const(count, dtype_of(v)) if isinstance(count, int) else count.astype(dtype_of(v))
+        number = (
+            tirx.const(count, dtype_of(v)) if isinstance(count, int) else count.astype(dtype_of(v))
+        )
         quotient = v / number if "float" in dtype_of(v) else tirx.truncdiv(v, number)
         return quotient.astype(x.stored)
 
@@ -196,10 +204,14 @@ def reduce_log_sum_exp(op: Op) -> Operand:
     if not axes:
         return x
     peak = fold(op, x, axes, maximum, _lowest, accumulate=_wide(x))
-    safe = elementwise(op, lambda m: tirx.Select(tirx.isinf(m), tirx.const(0, dtype_of(m)), m), [peak])
+    safe = elementwise(
+        op, lambda m: tirx.Select(tirx.isinf(m), tirx.const(0, dtype_of(m)), m), [peak]
+    )
     shifted = elementwise(op, lambda v, m: tirx.exp(v.astype(_wide(x)) - m), [x, safe])
     summed = total(op, shifted, axes)
-    result = elementwise(op, lambda s, m: (tirx.log(s) + m).astype(x.stored), [summed, safe], x.dtype)
+    result = elementwise(
+        op, lambda s, m: (tirx.log(s) + m).astype(x.stored), [summed, safe], x.dtype
+    )
     if op.attribute("keepdims", 1):
         return result
     return reshaped(op, result, [d for a, d in enumerate(result.shape) if a not in axes])
@@ -323,7 +335,9 @@ def _cumulative(combine: Combine, start: Callable[[str], Any]) -> Callable[[Op],
         if where is None:
             # The axis is computed: one result for each, then the choice.
             chosen = op.context.emit_scalar(op.input(1))
-            results = [_running(op, x, a, combine, start, exclusive, reverse) for a in range(x.rank)]
+            results = [
+                _running(op, x, a, combine, start, exclusive, reverse) for a in range(x.rank)
+            ]
 
             def choose(which: Any, *candidates: Any) -> Any:
                 result = candidates[0]
@@ -340,7 +354,13 @@ def _cumulative(combine: Combine, start: Callable[[str], Any]) -> Callable[[Op],
 
 
 def _running(
-    op: Op, x: Operand, axis: int, combine: Combine, start: Callable[[str], Any], exclusive: bool, reverse: bool
+    op: Op,
+    x: Operand,
+    axis: int,
+    combine: Combine,
+    start: Callable[[str], Any],
+    exclusive: bool,
+    reverse: bool,
 ) -> Operand:
     """Running ``combine`` along ``axis``."""
     reducer = te.comm_reducer(combine, start, name="running")
@@ -365,10 +385,16 @@ def _running(
 def _magnitude(v: Any) -> Any:
     if dtype_of(v).startswith("uint"):
         return v
-    return tirx.abs(v) if "float" in dtype_of(v) else tirx.Select(v < 0, tirx.const(0, dtype_of(v)) - v, v)
+    return (
+        tirx.abs(v)
+        if "float" in dtype_of(v)
+        else tirx.Select(v < 0, tirx.const(0, dtype_of(v)) - v, v)
+    )
 
 
-def _boolean_extreme(name: str, pick: Combine, start: Callable[[str], Any]) -> Callable[[Op], Operand]:
+def _boolean_extreme(
+    name: str, pick: Combine, start: Callable[[str], Any]
+) -> Callable[[Op], Operand]:
     numeric = _reduction(pick, start)
 
     def convert(op: Op) -> Operand:
@@ -379,7 +405,9 @@ def _boolean_extreme(name: str, pick: Combine, start: Callable[[str], Any]) -> C
         if not axes:
             return x
         plain = tirx.max if name == "max" else tirx.min
-        result = fold(op, x, axes, plain, start, keep=bool(op.attribute("keepdims", 1)), accumulate="uint8")
+        result = fold(
+            op, x, axes, plain, start, keep=bool(op.attribute("keepdims", 1)), accumulate="uint8"
+        )
         return elementwise(op, lambda v: v != tirx.const(0, "uint8"), [result], x.dtype)
 
     return convert

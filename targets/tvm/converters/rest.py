@@ -21,7 +21,7 @@ def dropout(op: Op) -> list[Operand | None]:
     """``Dropout`` when it does nothing: in inference, or with a ratio of 0."""
     x = op.input(0)
     training = op.constant(2)
-    if op.has(2) and training is None or (training is not None and bool(training)):
+    if (op.has(2) and training is None) or (training is not None and bool(training)):
         ratio = op.constant(1)
         if ratio is None or float(ratio) != 0.0:
             raise Refused("Dropout in training mode draws random numbers")
@@ -50,7 +50,11 @@ def resize(op: Op) -> Operand:
         raise Refused("the region of Resize must be known at compile time")
     tables = []
     for axis in range(x.rank):
-        if extents[axis] == x.shape[axis] and scales[axis] == 1.0 and transformation != "tf_crop_and_resize":
+        if (
+            extents[axis] == x.shape[axis]
+            and scales[axis] == 1.0
+            and transformation != "tf_crop_and_resize"
+        ):
             tables.append(None)
             continue
         place = axes.index(axis) if axis in axes else None
@@ -75,6 +79,10 @@ def _sizes(op: Op, x: Operand, axes: Sequence[int]) -> tuple[list[int], list[flo
             factors[axis] = float(scale)
             extents[axis] = math.floor(x.shape[axis] * float(scale))
         return extents, factors
+    if sizes is None and declared is not None and op.has(3):
+        sizes = np.array([declared[a] for a in axes])
+        if op.attribute("keep_aspect_ratio_policy", "stretch") != "stretch":
+            raise Refused("the sizes of Resize must be known at compile time")
     if sizes is None or not sizes.size:
         raise Refused("the sizes or scales of Resize must be known at compile time")
     wanted = [int(s) for s in sizes.reshape(-1)]
@@ -84,11 +92,10 @@ def _sizes(op: Op, x: Operand, axes: Sequence[int]) -> tuple[list[int], list[flo
         scale = pick(w / x.shape[a] for w, a in zip(wanted, axes, strict=True))
         for axis in axes:
             factors[axis] = scale
-            extents[axis] = int(math.floor(scale * x.shape[axis] + 0.5))
+            extents[axis] = math.floor(scale * x.shape[axis] + 0.5)
         return extents, factors
     for axis, size in zip(axes, wanted, strict=True):
         extents[axis], factors[axis] = size, size / x.shape[axis]
-    del declared
     return extents, factors
 
 
@@ -247,7 +254,11 @@ def grid_sample(op: Op) -> Operand:
                     place = _folded(place, extent, padding, corners)
                 whole = place.astype("int64")
                 inside += [whole >= 0, whole < extent]
-                index.append(tirx.max(tirx.min(whole, tirx.const(extent - 1, "int64")), tirx.const(0, "int64")))
+                index.append(
+                    tirx.max(
+                        tirx.min(whole, tirx.const(extent - 1, "int64")), tirx.const(0, "int64")
+                    )
+                )
             value = image(n, c, *index).astype("float32") * weight
             total = total + tirx.Select(tirx.all(*inside), value, tirx.const(0, "float32"))
         return total.astype(x.stored)

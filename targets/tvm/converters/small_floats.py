@@ -46,15 +46,17 @@ def decode(op: Op, x: Operand) -> Operand:
     codes = 16 if x.dtype is _D.FLOAT4E2M1 else 256
     bits = np.arange(codes, dtype=np.uint8)
     table = op.context.embed(bits.view(x.dtype.numpy()).astype(np.float32))
-    return op.compute(
-        x.shape, lambda v, t, i: t[v(*i).astype("int64")], x, table, dtype=_D.FLOAT
-    )
+    return op.compute(x.shape, lambda v, t, i: t[v(*i).astype("int64")], x, table, dtype=_D.FLOAT)
 
 
-def encode(op: Op, x: Operand, to: ir.DataType, *, saturate: bool, round_mode: str = "up") -> Operand:
+def encode(
+    op: Op, x: Operand, to: ir.DataType, *, saturate: bool, round_mode: str = "up"
+) -> Operand:
     """float32 values as codes of ``to``."""
     if to is _D.FLOAT8E8M0:
-        return op.compute(x.shape, lambda v, i: _exponent_only(v(*i), saturate, round_mode), x, dtype=to)
+        return op.compute(
+            x.shape, lambda v, i: _exponent_only(v(*i), saturate, round_mode), x, dtype=to
+        )
     if to not in _FORMATS:
         raise Refused(f"conversion to {to.name} is not implemented")
     layout = _FORMATS[to]
@@ -62,7 +64,9 @@ def encode(op: Op, x: Operand, to: ir.DataType, *, saturate: bool, round_mode: s
     def kernel(values: Any) -> Any:
         # Three stages, so that no expression is written out more than a few times.
         exponents = te.compute(x.shape, lambda *i: _exponent(values(*i), layout), name="exponents")
-        codes = te.compute(x.shape, lambda *i: _code(values(*i), exponents(*i), layout), name="codes")
+        codes = te.compute(
+            x.shape, lambda *i: _code(values(*i), exponents(*i), layout), name="codes"
+        )
         return te.compute(
             x.shape, lambda *i: _finished(values(*i), codes(*i), layout, saturate), name="encoded"
         )

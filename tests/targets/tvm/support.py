@@ -15,7 +15,9 @@ def model(text: str) -> onnx.ModelProto:
     return onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 28, "hal" : 1]>\n{text}')
 
 
-def compare(proto: onnx.ModelProto, tolerance: float = 1e-5, **inputs: Any) -> dict[str, np.ndarray]:
+def compare(
+    proto: onnx.ModelProto, tolerance: float = 1e-5, **inputs: Any
+) -> dict[str, np.ndarray]:
     """Run with TVM alone, check against the reference evaluator, return the outputs."""
     from hal.targets.tvm.direct import compile_model
 
@@ -23,6 +25,6 @@ def compare(proto: onnx.ModelProto, tolerance: float = 1e-5, **inputs: Any) -> d
     expected = ReferenceEvaluator(proto).run(None, inputs)
     for value, wanted in zip(proto.graph.output, expected, strict=True):
         got = actual[value.name]
-        assert got.dtype == wanted.dtype and got.shape == wanted.shape, value.name
+        assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), value.name
         np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance, err_msg=value.name)
     return actual

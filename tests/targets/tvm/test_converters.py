@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from hal.errors import UnsupportedError  # noqa: E402
-from tests.targets.tvm.support import compare, model  # noqa: E402
+from hal.errors import UnsupportedError
+from tests.targets.tvm.support import compare, model
 
 
 def _random(*shape: int) -> np.ndarray:
@@ -46,7 +46,9 @@ def test_range_over_past_and_sequence_gives_positions() -> None:
 
 
 def test_a_reshape_target_may_be_computed_at_run_time() -> None:
-    proto = model("g (float[n, 6] x, int64[2] target) => (float[a, b] y) { y = Reshape (x, target) }")
+    proto = model(
+        "g (float[n, 6] x, int64[2] target) => (float[a, b] y) { y = Reshape (x, target) }"
+    )
     compare(proto, x=_random(4, 6), target=np.array([-1, 8]))
     compare(proto, x=_random(4, 6), target=np.array([0, 6]))
 
@@ -90,13 +92,15 @@ def test_a_vectorized_convolution_equals_the_reference() -> None:
 
 
 def test_an_op_without_kernel_runs_through_its_body() -> None:
-    proto = model("g (float[n, 3] x) => (float[n, 3] y) { y = MeanVarianceNormalization <axes = [1]> (x) }")
+    proto = model(
+        "g (float[n, 3] x) => (float[n, 3] y) { y = MeanVarianceNormalization <axes = [1]> (x) }"
+    )
     compare(proto, 1e-4, x=_random(5, 3))
 
 
 def test_what_cannot_be_lowered_is_named_with_its_reason() -> None:
     proto = model("g (float[n] x) => (float[m] y, int64[m] i) { y, i = Unique (x) }")
-    with pytest.raises(UnsupportedError, match="Unique.*no converter"):
+    with pytest.raises(UnsupportedError, match=r"Unique.*no converter"):
         compare(proto, x=_random(4))
 
 

@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from hal.targets.backend import WeightStore  # noqa: E402
-from hal.targets.tvm.weights import load_weights, record_weights, shared_tensor  # noqa: E402
+from hal.targets.backend import WeightStore
+from hal.targets.tvm.weights import load_weights, record_weights, shared_tensor
 
 
 class _Folder(WeightStore):
