@@ -58,8 +58,8 @@ def memory(tmp_path_factory: pytest.TempPathFactory) -> hal.Bundle:
 
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, hal.Bundle]:
-    folder = models.save("llama", tmp_path_factory.mktemp("lm"))
-    return models.build("llama"), hal.compile(folder, target=ROUTE)
+    folder = models.save("llama", tmp_path_factory.mktemp("lm"), num_hidden_layers=1)
+    return models.build("llama", num_hidden_layers=1), hal.compile(folder, target=ROUTE)
 
 
 # -- sources ----------------------------------------------------------------------------------

@@ -33,7 +33,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What pages may take for granted: ``my-model/``, a language model with a tokenizer, and
     ``model.onnx``."""
     folder = tmp_path_factory.mktemp("material")
-    source = models.save("llama", folder, vocab_size=1536).rename(folder / "my-model")
+    source = models.save("llama", folder, vocab_size=1536, num_hidden_layers=1).rename(
+        folder / "my-model"
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "examples" / "demo_model" / name, source)
     files.save_mlp(folder / "model.onnx")
