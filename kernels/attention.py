@@ -14,8 +14,8 @@ from hal.kernels.moe import vector_lanes
 def scores(heads: int, kv_heads: int, size: int, lanes: int, scale: float) -> Any:
     """``out[b, h, s, t] = scale * sum over d of q[b, h, s, d] * k[b, h // group, t, d]``; float32.
 
-    ``q [B, heads, S, size]``, ``k [B, kv_heads, T, size]``, ``out [B, heads, S, T]``; B, S and T are
-    known at run time only.
+    ``q [B, heads, S, size]``, ``k [B, kv_heads, T, size]``, ``out [B, heads, S, T]``; B, S and T
+    are known at run time only.
     """
     v = vector_lanes(size, lanes)
     kind = f"float32x{v}" if v > 1 else "float32"

@@ -17,7 +17,7 @@ ROWS = 6
 
 
 def columns_per_tile(n: int, lanes: int, most: int = 4) -> int | None:
-    """Vectors per tile of columns: the largest power of two up to ``most`` that divides, or None."""
+    """Vectors per tile of columns: the largest power of two up to ``most`` that fits, or None."""
     count = most
     while count >= 1:
         if n % (lanes * count) == 0:

@@ -113,9 +113,9 @@ class TvmBackend(Backend):
             library = load_library(Path(path))
             program = Program(library, inputs, outputs, tensors, alive)
         except Exception as error:  # TVM raises its own kinds
-            text = str(error).strip().splitlines()
+            text = (str(error).strip().splitlines() or [repr(error)])[-1]
             raise TargetError(
-                f"the build {context.folder!r} cannot be loaded here: {text[-1] if text else error!r}",
+                f"the build {context.folder!r} cannot be loaded here: {text}",
                 f"retarget the bundle on this machine; it was built with TVM {record.get('tvm')}",
             ) from error
         return TvmExecutable(program)

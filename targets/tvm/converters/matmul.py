@@ -192,7 +192,7 @@ def flatten_scalar(op: Op, x: Operand) -> Operand:
 
 
 def einsum(op: Op) -> Operand:
-    """``Einsum`` of any number of operands; no letter may repeat within one when dims are unknown."""
+    """``Einsum`` of any number of operands."""
     operands = op.inputs()
     equation = str(op.attribute("equation")).replace(" ", "")
     left, arrow, right = equation.partition("->")

@@ -128,7 +128,7 @@ _Taps = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _taps(op: Op, mode: str, points: np.ndarray, source: int, scale: float) -> _Taps:
-    """Input positions and weights ``[target, taps]`` along one axis, and which points are outside."""
+    """Input positions and weights ``[target, taps]`` along an axis; which points are outside."""
     outside = (points < 0) | (points > source - 1)
     if mode == "nearest":
         rounding = op.attribute("nearest_mode", "round_prefer_floor")

@@ -66,7 +66,7 @@ def window(op: Op, x: Operand, cuts: dict[int, tuple[Any, int, Dim]]) -> Operand
 
 
 def slice_(op: Op) -> Operand:
-    """``Slice``: constant, symbolic, or computed at run time where the result's shape is declared."""
+    """``Slice``: constant, symbolic, or computed where the result's shape is declared."""
     x = op.input(0)
     if not op.has(1):
         raise Refused("Slice with attributes needs an older operator set")
