@@ -36,10 +36,10 @@ from hal.bundle.manifest import (
     digest_path,
     write_manifest,
 )
-from hal.bundle.weights import write_weights
 from hal.errors import BundleError, HalError, InputError, TargetError
 from hal.ir import Graph, TensorSpec
 from hal.ir.verify import verify as verify_graph
+from hal.ir.weights import write_weights
 from hal.passes import default_pipeline
 from hal.runtime import verification
 from hal.runtime.arrays import check_inputs

@@ -22,7 +22,7 @@ def scores(heads: int, kv_heads: int, size: int, lanes: int, scale: float) -> An
     steps, group = size // v, heads // kv_heads
 
     @T.prim_func(s_tir=True)
-    def attention_scores(q_data: T.handle, k_data: T.handle, out_data: T.handle):
+    def attention_scores(q_data: T.handle, k_data: T.handle, out_data: T.handle):  # type: ignore[no-untyped-def]
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
         batch = T.int64()
         queries = T.int64()

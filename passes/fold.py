@@ -39,7 +39,9 @@ class Fold(Pass):
     Preserves results exactly. Shape arithmetic ends as a constant where it can (a ``Reshape`` to
     ``[batch, sequence, 4, 16]`` becomes one to ``[0, 0, 4, 16]``). A constant of more than
     ``small`` bytes is never computed here: it becomes a lazy tensor that is evaluated when its
-    bytes are read, and only if it is no larger than what it replaces. Ops of other domains stay.
+    bytes are read, and only if it is no larger than what it replaces. A weight that others use too
+    (an embedding tied to the output layer) is not folded: it would be stored twice. Ops of other
+    domains stay.
     """
 
     name: ClassVar[str] = "fold"
@@ -96,12 +98,18 @@ def _fold_node(edit: Editor, node: ir.Node, small: int) -> int:
             return 0
         tensor: ir.TensorProtocol = computed
     elif size_out is not None and size_out <= size_in and result.dtype is not None:
+        if any(v is not None and len(v.uses()) > 1 for v in node.inputs if not _is_small(v, small)):
+            return 0
         tensor = _lazy(node, tensors)
     else:
         return 0
     folded = edit.tensor(tensor, _name(node))
     edit.replace(result, folded)
     return 1
+
+
+def _is_small(value: ir.Value | None, small: int) -> bool:
+    return value is None or value.const_value is None or value.const_value.nbytes <= small
 
 
 def _name(node: ir.Node) -> str:

@@ -100,8 +100,9 @@ def require_all(refusals: Iterable[tuple[ir.Node, str]], where: str) -> None:
     items = list(refusals)
     if items:
         raise UnsupportedError(
-            f"{len(items)} nodes cannot run on {where}: {describe(items)}",
-            "allow fallback to the host runtime, or choose another target",
+            f"{len(items)} {'node' if len(items) == 1 else 'nodes'} cannot run on {where}: "
+            f"{describe(items)}",
+            "allow fallback, choose another target, or give the op a function body",
         )
 
 

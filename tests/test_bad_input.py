@@ -852,7 +852,7 @@ sys.exit(main(["compile", sys.argv[1], "-o", sys.argv[2], "--target", "host:onnx
 @pytest.mark.parametrize(
     ("number", "code", "name"),
     [
-        (signal.SIGINT, 130, "mlp.hal"),
+        (signal.SIGINT, 2, "mlp.hal"),
         (signal.SIGTERM, 143, "mlp"),
         (signal.SIGKILL, -9, "mlp.hal"),
     ],

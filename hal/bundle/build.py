@@ -7,13 +7,18 @@ and toolchain give the same files, so a second compile copies them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
 import hal
+import hal.kernels
+import hal.targets
 from hal.bundle.manifest import BuildRecord, FileRecord
 from hal.errors import TargetError
 from hal.ir import Graph
@@ -62,7 +67,7 @@ def build_target(
         raise TargetError(
             f"target {target.name!r} cannot be built here: {probe.reason}", _hint(backend)
         )
-    toolchain = {"hal": hal.__version__, **probe.versions}
+    toolchain = {"hal": hal.__version__, "code": _code_digest(), **probe.versions}
     folder = root / build_folder(target.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     entry = None
@@ -90,7 +95,9 @@ def _build(
     toolchain: dict[str, str],
     fallback: bool,
 ) -> BuildRecord:
-    legal = backend.legalize(graph, target.descriptor)
+    legal = backend.legalize(graph.clone(), target.descriptor)
+    # As initializers, constants are copied into every segment that uses them.
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(legal.model)
     verdicts = {n: backend.supports(n, target.descriptor) for n in legal.graph}
     other = FALLBACK_BACKEND if fallback and backend.name != FALLBACK_BACKEND else None
     plan = partition.plan(legal, backend.name, verdicts, other)
@@ -159,6 +166,17 @@ def _from_cache(entry: Path, folder: Path) -> BuildRecord:
         if path.is_file():
             shutil.copyfile(path, goal)
     return BuildRecord.model_validate_json((entry / "record.json").read_text())
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Digest of the code that makes builds, so that a development tree never gets a stale one."""
+    digest = hashlib.sha256()
+    for package in (hal.targets, hal.kernels):
+        for folder in package.__path__:
+            for path in sorted(Path(folder).rglob("*.py")):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _size(folder: Path) -> int:

@@ -123,7 +123,13 @@ def _bytes_per_token(state: dict[str, Any]) -> int:
 
 def _print_state(state: list[dict[str, Any]]) -> None:
     rows = [
-        (s["name"], s["kind"], s["dtype"], "[" + ", ".join(map(str, s["dims"])) + "]", s["axes"])
+        (
+            s["name"],
+            s["kind"],
+            s["dtype"],
+            "[" + ", ".join(map(str, s["dims"])) + "]",
+            ", ".join(s["axes"]),
+        )
         for s in state
     ]
     if rows:

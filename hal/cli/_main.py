@@ -6,7 +6,7 @@ what happened              exit code  what is printed on stderr
 a ``HalError``             2          ``error: …`` and ``hint: …``
 a check did not hold       1          the same
 wrong usage                2          the same
-interrupted                130        ``interrupted``
+interrupted                2          ``error: interrupted`` and that nothing half-written is left
 anything unexpected        70         ``error: internal: …`` and where to report it
 =========================  =========  =====================================================
 """
@@ -28,7 +28,8 @@ from hal.cli._output import print_error
 from hal.errors import HalError
 
 _INTERNAL = 70  # EX_SOFTWARE of sysexits.h
-_INTERRUPTED = 130
+_INTERRUPTED = 2
+_TYPER_INTERRUPTED = 130
 _TERMINATED = 143
 
 
@@ -54,12 +55,11 @@ def _run(arguments: list[str], debug: bool) -> int:
         result = _app.create()(args=arguments, prog_name="hal", standalone_mode=False)
         sys.stdout.flush()
         code = result if isinstance(result, int) else 0
-        if code == _INTERRUPTED:  # typer itself turns Ctrl-C into this code
-            print_error("interrupted")
+        if code == _TYPER_INTERRUPTED:  # typer itself turns Ctrl-C into this code
+            return _interrupted()
         return code
     except (KeyboardInterrupt, typer.Abort):
-        print_error("interrupted")
-        return _INTERRUPTED
+        return _interrupted()
     except BrokenPipeError:
         raise
     except Exception as error:
@@ -69,6 +69,11 @@ def _run(arguments: list[str], debug: bool) -> int:
     finally:
         if main_thread:
             signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupted() -> int:
+    print_error("error: interrupted", "nothing half-written is left; run the command again")
+    return _INTERRUPTED
 
 
 def _explain(error: Exception) -> int:

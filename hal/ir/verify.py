@@ -81,18 +81,18 @@ def _scope(body: ir.Graph, *, defined: set[str], outer: set[str]) -> Iterator[st
         local.add(name)
     for node in body:
         missing = [v.name for v in node.inputs if v is not None and v.name not in local]
-        for name in missing:
+        for lost in missing:
             where = f"node {node.name!r} ({node.op_type})"
-            yield f"{where} uses {name!r} before it is defined"
+            yield f"{where} uses {lost!r} before it is defined"
         for inner in subgraphs(node):
             yield from _scope(inner, defined=defined, outer=local)
-        for name in (v.name for v in node.outputs if v.name):
-            if name in defined:
-                yield f"value {name!r} is defined twice"
-            defined.add(name)
-            local.add(name)
-    for name in (v.name for v in body.outputs if v.name not in local):
-        yield f"output {name!r} is never computed"
+        for made in (v.name for v in node.outputs if v.name):
+            if made in defined:
+                yield f"value {made!r} is defined twice"
+            defined.add(made)
+            local.add(made)
+    for lost in (v.name for v in body.outputs if v.name not in local):
+        yield f"output {lost!r} is never computed"
 
 
 def _ops(graph: Graph) -> Iterator[str]:

@@ -66,7 +66,7 @@ class OnnxRuntimeBackend(Backend):
             )
         shared = share_cache(legal)
         prepack = _prepacks(legal)
-        repacked = externalize(legal.model, context.folder, context.bundle)
+        repacked = externalize(legal, context.folder, context.bundle)
         legal.model.ir_version = _IR_VERSION
         (context.folder / _MODEL).write_bytes(ir.to_proto(legal.model).SerializeToString())
         return {

@@ -6,103 +6,28 @@ bundle's root); tensors that legalization made are written next to the model as 
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
+from hal.ir import Graph
+from hal.ir.weights import INLINE_BYTES, write_weights
 from hal.targets.backend import WeightStore
 
-EMBED_LIMIT = 1024
-"""Bytes up to which a tensor is kept in the model file: shapes, axes, scalars."""
 
-_ALIGNMENT = 64
+def externalize(graph: Graph, folder: Path, bundle: Path) -> int:
+    """Turn the graph's large initializers, in place, into references relative to ``bundle``.
 
-_SAFETENSORS = {
-    ir.DataType.FLOAT: "F32",
-    ir.DataType.DOUBLE: "F64",
-    ir.DataType.FLOAT16: "F16",
-    ir.DataType.BFLOAT16: "BF16",
-    ir.DataType.INT8: "I8",
-    ir.DataType.INT16: "I16",
-    ir.DataType.INT32: "I32",
-    ir.DataType.INT64: "I64",
-    ir.DataType.UINT8: "U8",
-    ir.DataType.UINT16: "U16",
-    ir.DataType.UINT32: "U32",
-    ir.DataType.UINT64: "U64",
-    ir.DataType.BOOL: "BOOL",
-    ir.DataType.FLOAT8E4M3FN: "F8_E4M3",
-    ir.DataType.FLOAT8E5M2: "F8_E5M2",
-}
-
-
-def externalize(
-    model: ir.Model, folder: Path, bundle: Path, file: str = "weights.safetensors"
-) -> int:
-    """Turn the model's large initializers, in place, into references relative to ``bundle``.
-
-    Returns the bytes written to ``folder / file``; there is no file when nothing had to be.
+    Returns the bytes written to ``folder``; there is no file when nothing had to be.
     """
-    pending: dict[str, ir.TensorProtocol] = {}
-    for name, value in model.graph.initializers.items():
+    for name, value in graph.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or tensor.dtype is ir.DataType.STRING:
-            continue
-        if tensor.nbytes <= EMBED_LIMIT:
-            if isinstance(tensor, ir.ExternalTensor):
-                value.const_value = ir.Tensor(tensor.numpy().copy(), tensor.dtype, name=name)
-        elif not isinstance(tensor, ir.ExternalTensor):
-            pending[name] = tensor
-    if not pending:
-        return 0
-    path = folder / file
-    offsets = write_safetensors(path, pending)
-    location = path.relative_to(bundle).as_posix()
-    for name, tensor in pending.items():
-        offset, length = offsets[name]
-        model.graph.initializers[name].const_value = ir.ExternalTensor(
-            location,
-            offset,
-            length,
-            tensor.dtype,
-            shape=ir.Shape(tensor.shape.numpy()),
-            name=name,
-            base_dir=bundle,
-        )
-    return sum(length for _, length in offsets.values())
-
-
-def write_safetensors(
-    path: Path, tensors: dict[str, ir.TensorProtocol]
-) -> dict[str, tuple[int, int]]:
-    """Write tensors one after the other; return offset and length of each in the file.
-
-    Dtypes that safetensors has no name for are stored as bytes (``U8``).
-    """
-    header: dict[str, object] = {}
-    position = 0
-    for name, tensor in tensors.items():
-        dtype = _SAFETENSORS.get(tensor.dtype)
-        shape = list(tensor.shape.numpy()) if dtype else [tensor.nbytes]
-        end = position + tensor.nbytes
-        header[name] = {"dtype": dtype or "U8", "shape": shape, "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    start = 8 + len(text)
-    offsets: dict[str, tuple[int, int]] = {}
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        position = start
-        for name, tensor in tensors.items():
-            file.write(tensor.tobytes())
-            offsets[name] = (position, tensor.nbytes)
-            position += tensor.nbytes
-    return offsets
+        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= INLINE_BYTES:
+            value.const_value = ir.Tensor(tensor.numpy().copy(), tensor.dtype, name=name)
+    files = write_weights(graph, folder, relative_to=bundle, keep_files=True)
+    return sum(path.stat().st_size for path in files)
 
 
 def relocate(proto: onnx.ModelProto, files: WeightStore) -> Path:

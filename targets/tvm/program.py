@@ -11,7 +11,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from hal.errors import InputError, UnsupportedError
+from hal.errors import InputError, TargetError, UnsupportedError
 from hal.targets.tvm.dtypes import STORED_AS, from_storage, to_storage
 from hal.targets.tvm.lower import Port
 from hal.targets.tvm.pipeline import pipeline
@@ -37,11 +37,26 @@ def compile_module(module: tvm.IRModule, target: Mapping[str, Any], lanes: int) 
 
 
 def export(library: Any, path: Path, cross_compiler: str | None = None) -> None:
-    """Write the compiled module as a shared library."""
+    """Write the compiled module as a shared library.
+
+    Raises:
+        TargetError: there is no C compiler to link with, or it fails.
+    """
     options = {}
     if cross_compiler:
         options["fcompile"] = tvm.support.cc.cross_compiler(cross_compiler)
-    library.export_library(str(path), **options)
+    elif not tvm.support.cc.get_cc():
+        raise TargetError(
+            "no C compiler was found, and TVM links its libraries with one",
+            "install gcc or clang, or set CXX to one",
+        )
+    try:
+        library.export_library(str(path), **options)
+    except RuntimeError as error:  # what the linker said
+        raise TargetError(
+            f"linking {path.name} failed: {(str(error).strip().splitlines() or ['?'])[-1]}",
+            "check the C compiler and the free disk space",
+        ) from error
 
 
 def load_library(path: Path) -> Any:

@@ -54,7 +54,7 @@ def record_weights(values: Sequence[ir.Value], folder: Path) -> list[Weight]:
         for value in values:
             tensor = value.const_value
             assert tensor is not None
-            shape = tuple(int(d) for d in tensor.shape)
+            shape = tuple(int(d) for d in tensor.shape.numpy())
             if isinstance(tensor, ir.ExternalTensor):
                 length = tensor.length if tensor.length is not None else tensor.nbytes
                 offset = tensor.offset or 0
@@ -109,7 +109,9 @@ def shared_tensor(raw: np.ndarray, stored: str, shape: tuple[int, ...]) -> tvm.r
             np.dtype(f"u{np.dtype(stored).itemsize}") if stored == "bfloat16" else np.dtype(stored)
         )
         # DLPack refuses read-only arrays; a view by address has no such flag.
-        view = np.frombuffer((ctypes.c_char * raw.nbytes).from_address(address), carrier)
+        view = np.frombuffer(
+            memoryview((ctypes.c_char * raw.nbytes).from_address(address)), carrier
+        )
         tensor = tvm.runtime.from_dlpack(view.reshape(shape))
         return tensor._create_view(shape, "bfloat16") if stored == "bfloat16" else tensor
     array = np.frombuffer(raw.tobytes(), np.dtype(stored)).reshape(shape)

@@ -80,7 +80,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         (InputError("x is wrong", "fix x"), 2, ["error: x is wrong", "hint: fix x"]),
         (InputError("two\nlines"), 2, ["error: two lines"]),
         (CheckFailed("too far off", "look"), 1, ["error: too far off", "hint: look"]),
-        (KeyboardInterrupt(), 130, ["interrupted"]),
+        (KeyboardInterrupt(), 2, ["error: interrupted", "hint: "]),
         (
             OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.hal"),
             2,

@@ -397,11 +397,8 @@ def global_max_pool(op: Op) -> Operand:
 def col2im(op: Op) -> Operand:
     """``Col2Im``: overlapping columns added back into an image."""
     x = op.require(0, FLOATS)
-    image = (
-        [int(v) for v in op.declared()[2:]]
-        if op.declared()
-        else op.needs(1, "image shape").tolist()
-    )
+    declared = op.declared()
+    image = [int(v) for v in declared[2:]] if declared else op.needs(1, "image shape").tolist()
     raw_block = op.constant(2)
     if raw_block is None:
         raise Refused("the block shape of Col2Im must be known at compile time")

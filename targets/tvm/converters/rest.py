@@ -48,7 +48,7 @@ def resize(op: Op) -> Operand:
     transformation = op.attribute("coordinate_transformation_mode", "half_pixel")
     if transformation == "tf_crop_and_resize" and roi is None:
         raise Refused("the region of Resize must be known at compile time")
-    tables = []
+    tables: list[_Taps | None] = []
     for axis in range(x.rank):
         if (
             extents[axis] == x.shape[axis]
@@ -132,12 +132,13 @@ def _taps(op: Op, mode: str, points: np.ndarray, source: int, scale: float) -> _
     outside = (points < 0) | (points > source - 1)
     if mode == "nearest":
         rounding = op.attribute("nearest_mode", "round_prefer_floor")
-        whole = {
+        roundings: dict[str, Callable[[np.ndarray], np.ndarray]] = {
             "round_prefer_floor": lambda p: np.ceil(p - 0.5),
             "round_prefer_ceil": lambda p: np.floor(p + 0.5),
             "floor": np.floor,
             "ceil": np.ceil,
-        }[rounding](points)
+        }
+        whole = roundings[rounding](points)
         index = np.clip(whole, 0, source - 1).astype(np.int64)[:, None]
         return index, np.ones(index.shape), outside
     if mode == "linear":

@@ -179,9 +179,9 @@ def concat(op: Op) -> Operand:
 def concatenated(op: Op, operands: Sequence[Operand], axis: int) -> Operand:
     """Operands one after the other along ``axis``."""
     first = operands[0]
-    if all(o.content is not None for o in operands):
-        parts = [o.content for o in operands]
-        joined = np.concatenate(parts, axis=axis)  # type: ignore[arg-type]
+    parts = [o.content for o in operands if o.content is not None]
+    if len(parts) == len(operands):
+        joined = np.concatenate(parts, axis=axis)
         if joined.size <= CONTENT_LIMIT:
             return op.context.from_content(joined, first.dtype)
     filled = [o for o in operands if not (isinstance(o.shape[axis], int) and o.shape[axis] == 0)]
@@ -269,10 +269,11 @@ def range_(op: Op) -> Operand:
             return op.compute(
                 [length], lambda i: (_const(first) + i[0] * step).astype(stored), dtype=start.dtype
             )
-    numbers = [op.constant(i) for i in range(3)]
+    numbers = [n for i in range(3) if (n := op.constant(i)) is not None]
     declared = op.declared()
-    if all(n is not None for n in numbers):
-        values = np.arange(*(n.reshape(()) for n in numbers), dtype=numbers[0].dtype)  # type: ignore[union-attr]
+    if len(numbers) == 3:
+        start_, stop_, step_ = (n.reshape(()).item() for n in numbers)
+        values = np.arange(start_, stop_, step_, dtype=numbers[0].dtype)
         return op.context.embed(values, start.dtype)
     if declared is None:
         raise Refused("the length of Range is computed at run time")

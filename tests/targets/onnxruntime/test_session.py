@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hal import InputError, TargetError, UnsupportedError
-from hal.bundle.weights import write_weights
+from hal.ir.weights import write_weights
 from hal.targets.onnxruntime import OnnxRuntimeBackend
 from hal.targets.onnxruntime.backend import _prepacks
 from tests.targets.onnxruntime.support import build, descriptor, executable, load, packed, parse

@@ -1,4 +1,4 @@
-"""Weights of a bundle: safetensors files that ``graph.onnx`` refers to as ONNX external data.
+"""Weights on disk: safetensors files that ``graph.onnx`` refers to as ONNX external data.
 
 Every tensor starts at a multiple of 64 bytes wherever sizes allow it: the header is padded, and
 tensors whose size is a multiple of 64 come first (the format allows no gaps). So a runtime maps
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from hal.errors import BundleError
-from hal.ir import Graph
+from hal.errors import GraphError
+from hal.ir.graph import Graph
 
 INLINE_BYTES = 1024
 """Tensors up to this size stay inside ``graph.onnx``: shape inference wants to see them."""
@@ -50,13 +50,15 @@ def write_weights(
     *,
     prefix: str = "weights",
     relative_to: Path | None = None,
+    keep_files: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> list[Path]:
     """Write the graph's large initializers into ``folder`` and make the graph refer to the files.
 
     Tensors are taken one at a time, so peak memory is one tensor above what the graph holds; a
     tensor shared by several initializers is written once. ``progress`` is called with the bytes
-    written. Locations in the graph are relative to ``relative_to`` (default: ``folder``).
+    written. Locations in the graph are relative to ``relative_to`` (default: ``folder``). With
+    ``keep_files``, initializers that lie in files already stay there.
 
     Returns:
         The files written.
@@ -64,6 +66,8 @@ def write_weights(
     wanted: dict[int, tuple[ir.TensorProtocol, list[ir.Value]]] = {}
     for value in graph.graph.initializers.values():
         tensor = value.const_value
+        if keep_files and isinstance(tensor, ir.ExternalTensor):
+            continue
         if tensor is None or tensor.dtype is ir.DataType.STRING or tensor.nbytes <= INLINE_BYTES:
             continue
         wanted.setdefault(_identity(tensor), (tensor, []))[1].append(value)
@@ -129,7 +133,7 @@ def _write_shard(
             before = stream.tell()
             _write_tensor(tensor, stream)
             if stream.tell() - before != tensor.nbytes:
-                raise BundleError(
+                raise GraphError(
                     f"tensor {tensor.name!r} wrote the wrong number of bytes", "report this"
                 )
             if progress:

@@ -1,4 +1,4 @@
-"""hal.bundle.weights: safetensors files that ONNX external data can point into."""
+"""hal.ir.weights: safetensors files that ONNX external data can point into."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from safetensors.numpy import load_file
 
-from hal.bundle import weights
+from hal.ir import weights
 from tests.graphs import mlp
 
 
