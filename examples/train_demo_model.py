@@ -9,7 +9,8 @@ modelling code is `transformers.DeepseekV3ForCausalLM`, unchanged.
     python examples/train_demo_model.py --minutes 25 --output examples/demo_model
     python examples/train_demo_model.py --steps 200 --output /tmp/quick
 
-`--steps` gives the same weights again on the same machine; `--minutes` fits a time budget.
+`--steps` fixes the work, `--minutes` the time. Two runs with one seed start alike and end close
+to each other, but not equal: the tokenizer's dropout (see `Recipe`) cannot be seeded.
 """
 
 import math
@@ -65,36 +66,37 @@ class Recipe:
 
     Attributes:
         context: the model's longest sequence, in tokens.
-        short_context: length of the training windows until `context` takes over for the last
-            `long_context_fraction` of the run. Short windows cost less attention.
-        long_context_fraction: part of the run on windows of the full `context`.
+        short_context: length of the training windows before the finish; short windows cost less
+            attention.
+        finish_fraction: last part of the run, on windows of the full `context` and on text
+            encoded without dropout.
         batch_tokens: tokens in one optimiser step.
         peak_learning_rate: reached after the warm-up; a cosine then takes it down to
             `final_learning_rate_fraction` of itself.
         warmup_fraction: part of the run spent on the linear warm-up.
         weight_decay: AdamW's, on matrices only.
-        bpe_dropout: probability of skipping a merge when the training text is encoded. The text
-            is small, so each pass over it is cut into different tokens, which delays
-            memorising (https://arxiv.org/abs/1910.13267).
+        bpe_dropout: probability of skipping a merge when the training text is encoded, before
+            the finish. The text is small, so each pass over it is cut into different tokens,
+            which delays memorising (https://arxiv.org/abs/1910.13267).
         router_bias_speed: the step `gamma` of the auxiliary-loss-free load balancing of
             DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section 2.1.2).
     """
 
     context: int = 512
     short_context: int = 256
-    long_context_fraction: float = 0.2
+    finish_fraction: float = 0.25
     batch_tokens: int = 1024
-    peak_learning_rate: float = 2e-3
+    peak_learning_rate: float = 3e-3
     final_learning_rate_fraction: float = 0.02
     warmup_fraction: float = 0.04
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
-    bpe_dropout: float = 0.1
+    bpe_dropout: float = 0.05
     router_bias_speed: float = 1e-3
 
-    def window(self, done: float) -> int:
-        """Length of a training window when the part `done` of the run is behind us."""
-        return self.context if done >= 1 - self.long_context_fraction else self.short_context
+    def finishing(self, done: float) -> bool:
+        """Whether the finish has begun when the part `done` of the run is behind us."""
+        return done >= 1 - self.finish_fraction
 
     def learning_rate(self, done: float) -> float:
         """Learning rate when the part `done` of the run, in [0, 1], is behind us."""
@@ -161,33 +163,26 @@ def paragraphs(text: str) -> list[str]:
 
 
 def load_corpus() -> Corpus:
-    """Read the documentation topics, each paragraph once, and set the held-out ones apart.
+    """Read the documentation topics and set the held-out ones apart.
 
-    Many topics are excerpts of longer ones ("if" is a part of "compound"). Held-out topics are
-    taken first, then the rest from the longest down, and a topic is dropped when most of it has
-    been seen already. So no held-out text is trained on, and no text is trained on twice.
+    Many topics are excerpts of longer ones ("if" is a part of "compound"). A topic is left out of
+    the training text when it shares a paragraph with a held-out topic, or when most of it stands
+    in a longer topic.
     """
     missing = HELD_OUT_TOPICS - documentation_topics.keys()
     if missing:
         raise SystemExit(f"this Python has no documentation topics named {sorted(missing)}")
-    order = sorted(
-        documentation_topics,
-        key=lambda name: (name not in HELD_OUT_TOPICS, -len(documentation_topics[name]), name),
-    )
-    seen: set[str] = set()
-    held_out: dict[str, str] = {}
+    texts = {name: text.strip() + "\n" for name, text in documentation_topics.items()}
+    held_out = {name: texts.pop(name) for name in sorted(HELD_OUT_TOPICS)}
+    held_out_paragraphs = {own for text in held_out.values() for own in paragraphs(text)}
     train: dict[str, str] = {}
-    for name in order:
-        text = documentation_topics[name].strip() + "\n"
-        if name in HELD_OUT_TOPICS:
-            held_out[name] = text
-        else:
-            own = paragraphs(text)
-            repeated = sum(len(paragraph) for paragraph in own if paragraph in seen)
-            if repeated > 0.5 * len(text):
-                continue
+    seen: set[str] = set()
+    for name, text in sorted(texts.items(), key=lambda item: (-len(item[1]), item[0])):
+        own = paragraphs(text)
+        repeated = sum(len(paragraph) for paragraph in own if paragraph in seen)
+        if held_out_paragraphs.isdisjoint(own) and repeated < 0.5 * len(text):
             train[name] = text
-        seen.update(paragraphs(text))
+            seen.update(own)
     return Corpus(train=train, held_out=held_out)
 
 
@@ -233,6 +228,7 @@ def model_config(vocab_size: int, context: int) -> DeepseekV3Config:
         norm_topk_prob=True,
         routed_scaling_factor=1.0,
         max_position_embeddings=context,
+        initializer_range=0.04,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         num_mtp_layers=0,
         tie_word_embeddings=True,
@@ -288,45 +284,45 @@ class RouterBalancer:
 class TrainingText:
     """An endless stream of training tokens.
 
-    Each pass over the texts shuffles them, encodes them with BPE dropout and joins them with the
-    end-of-text token, so a window starts at a different place and with different tokens each
-    time.
+    Each pass over the texts shuffles them, encodes them anew and joins them with the end-of-text
+    token; windows over that stream start at a random offset and come in random order.
     """
 
     def __init__(
         self, texts: list[str], tokenizer: Tokenizer, recipe: Recipe, generator: torch.Generator
     ) -> None:
-        """Read `texts` with a copy of `tokenizer`; `generator` decides their order."""
+        """Read `texts` with a copy of `tokenizer`; `generator` decides the order."""
         self._texts = texts
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
-        self._tokenizer.model.dropout = recipe.bpe_dropout
-        self._batch_tokens = recipe.batch_tokens
+        self._recipe = recipe
         self._generator = generator
-        self._pass = torch.empty(0, dtype=torch.long)
-        self._starts: list[int] = []
-        self._window = 0
+        self._windows: list[torch.Tensor] = []
+        self._finishing = False
 
-    def batch(self, window: int) -> torch.Tensor:
-        """Token ids of the next `batch_tokens` tokens, `[batch_tokens / window, window]`."""
+    def batch(self, finishing: bool) -> torch.Tensor:
+        """Token ids of the next `batch_tokens` tokens, `[batch_tokens / window, window]`.
+
+        The window is the recipe's `context` when `finishing`, its `short_context` before.
+        """
+        recipe = self._recipe
+        window = recipe.context if finishing else recipe.short_context
         rows = []
-        for _ in range(self._batch_tokens // window):
-            if not self._starts or window != self._window:
-                self._begin_pass(window)
-            start = self._starts.pop()
-            rows.append(self._pass[start : start + window])
+        for _ in range(recipe.batch_tokens // window):
+            if not self._windows or finishing != self._finishing:
+                self._finishing = finishing
+                self._tokenizer.model.dropout = None if finishing else recipe.bpe_dropout
+                self._windows = self._pass(window)
+            rows.append(self._windows.pop())
         return torch.stack(rows)
 
-    def _begin_pass(self, window: int) -> None:
-        """Encode every text anew and lay windows over the stream from a random offset."""
+    def _pass(self, window: int) -> list[torch.Tensor]:
+        """Windows that go over every text once, each `[window]`."""
         stream: list[int] = []
         for index in torch.randperm(len(self._texts), generator=self._generator).tolist():
             stream += [END_OF_TEXT_ID, *self._tokenizer.encode(self._texts[index]).ids]
-        self._pass = torch.tensor(stream)
-        self._window = window
         offset = int(torch.randint(window, (1,), generator=self._generator))
-        starts = torch.arange(offset, len(stream) - window + 1, window)
-        order = torch.randperm(len(starts), generator=self._generator)
-        self._starts = starts[order].tolist()
+        windows = torch.tensor(stream)[offset:].unfold(0, window, window)
+        return list(windows[torch.randperm(len(windows), generator=self._generator)])
 
 
 @torch.no_grad()
@@ -392,7 +388,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(done)
             model.train()
-            batch = text.batch(recipe.window(done))
+            batch = text.batch(recipe.finishing(done))
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = model(input_ids=batch, labels=batch, use_cache=False).loss
             loss.backward()
@@ -411,7 +407,7 @@ def train(
                 log.held_out.append((log.steps, score))
                 console.print(
                     f"step {log.steps}: training loss {log.train_loss:.3f}, held-out loss"
-                    f" {score.loss:.3f} ({score.bits_per_byte:.3f} bits per byte), load {load:.2f}"
+                    f" {score.loss:.3f}"
                 )
         progress.update(bar, completed=1.0)
     log.seconds = time.monotonic() - started
@@ -455,7 +451,7 @@ def load_checked(output: Path, corpus: Corpus) -> tuple[DeepseekV3ForCausalLM, T
     plain = Tokenizer.from_file(str(output / "tokenizer.json"))
     for text in (*corpus.held_out.values(), "  two spaces,\ttab\n\nand é ☃ \n"):
         ids = plain.encode(text).ids
-        if wrapped(text)["input_ids"] != ids or wrapped.decode(ids) != text:
+        if wrapped(text, verbose=False)["input_ids"] != ids or wrapped.decode(ids) != text:
             raise RuntimeError("AutoTokenizer and tokenizers read the saved tokenizer differently")
         if plain.decode(ids) != text:
             raise RuntimeError("the saved tokenizer does not give back the text it encoded")
@@ -516,32 +512,37 @@ value {config.v_head_dim} |
 
 ## Training
 
-Data: the documentation topics that ship with Python {platform.python_version()}
-(`pydoc_data.topics`, {train_characters:,} characters in {len(corpus.train)} topics, excerpts of
-other topics left out). Python's documentation is under the PSF License Version 2; examples in
-it are also under the Zero-Clause BSD License. Topics held out, {held_out_characters:,} characters:
-{", ".join(sorted(corpus.held_out))}.
+Data: the documentation topics that ship with Python {platform.python_version()}, in
+`pydoc_data.topics`; topics that are excerpts of longer ones are left out. Python's documentation
+is under the PSF License Version 2, examples in it also under the Zero-Clause BSD License.
+
+| | |
+|---|---|
+| training text | {len(corpus.train)} topics, {train_characters:,} characters |
+| held-out text | {len(corpus.held_out)} topics, {held_out_characters:,} characters: \
+{", ".join(sorted(corpus.held_out))} |
 
 ```bash
 {command}
 ```
 
-{log.steps:,} steps and {log.tokens:,} tokens in {log.seconds / 60:.1f} minutes on
-{torch.get_num_threads()} CPU threads (torch {torch.__version__}, transformers
-{transformers.__version__}). The routers' biases were trained by DeepSeek-V3's load-balancing rule.
+The routers' biases were trained by DeepSeek-V3's load-balancing rule. The held-out figures are of
+the saved float16 weights, computed in float32.
 
 | | |
 |---|---|
-| training loss at the end | {log.train_loss:.3f} nats per token, with BPE dropout |
+| steps | {log.steps:,} |
+| tokens | {log.tokens:,} |
+| time | {log.seconds / 60:.1f} minutes on {torch.get_num_threads()} CPU threads |
+| libraries | torch {torch.__version__}, transformers {transformers.__version__} |
+| training loss at the end | {log.train_loss:.3f} nats per token |
 | held-out loss | {score.loss:.3f} nats per token |
 | held-out perplexity | {score.perplexity:.1f} per token |
 | held-out bits per byte | {score.bits_per_byte:.3f} |
 
-The held-out figures are of the saved float16 weights, computed in float32.
-
 ## Samples
 
-Greedy, {len(samples)} prompts:
+Greedy decoding; each sample starts with its prompt.
 
 {shown}
 """
@@ -587,8 +588,8 @@ def main(
     (output / "README.md").write_text(card, encoding="utf-8")
     console.print(f"held-out loss {score.loss:.3f}, perplexity {score.perplexity:.1f}")
     for sample in samples:
-        console.print(sample, markup=False, highlight=False)
         console.rule()
+        console.print(sample, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
