@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,20 @@ def test_the_second_writer_of_an_entry_loses_in_peace(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["e"]
 
 
-def _publish(folder: Path) -> str:
-    return str(publish_file(folder, "lib.so", b"x" * 100_000))
+PUBLISH = """
+import sys
+from pathlib import Path
+from hal.runtime.cache import publish_file
+
+for _ in range(20):
+    print(publish_file(Path(sys.argv[1]), "lib.so", b"x" * 100_000))
+"""
 
 
 def test_parallel_processes_agree_on_one_file(tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        paths = set(pool.map(_publish, [tmp_path] * 16))
-    assert len(paths) == 1
-    assert Path(paths.pop()).read_bytes() == b"x" * 100_000
+    command = [sys.executable, "-c", PUBLISH, str(tmp_path)]
+    writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    printed = [line for writer in writers for line in writer.communicate(timeout=60)[0].split()]
+    assert len(printed) == 80
+    assert len(set(printed)) == 1
+    assert Path(printed[0]).read_bytes() == b"x" * 100_000
