@@ -10,7 +10,6 @@ import typer
 
 from hal.cli._options import (
     BundlePath,
-    InputSpec,
     Json,
     Output,
     Targets,
@@ -22,7 +21,6 @@ from hal.cli._options import (
 )
 from hal.cli._output import format_bytes, format_seconds, print_json, print_line, progress
 from hal.cli._report import build_json, print_builds, print_passes
-from hal.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from hal.bundle import Bundle
@@ -79,7 +77,7 @@ def compile_command(
     with progress(quiet=json) as say:
         bundle = hal.compile(
             model,
-            _examples(model, specs),
+            example_inputs(specs) if specs else None,
             target=target or ["host"],
             output=output,
             dynamic=free or None,
@@ -88,18 +86,6 @@ def compile_command(
             progress=say,
         )
     _print_result(bundle, time.perf_counter() - start, explain, json)
-
-
-def _examples(model: str, specs: list[InputSpec]) -> dict[str, Any] | None:
-    """Random arrays for the ``--input`` options; tensors for a module, which wants those."""
-    arrays = example_inputs(specs) if specs else None
-    if arrays is None or not model.startswith("python:"):
-        return arrays
-    try:
-        import torch
-    except ImportError:
-        raise MissingExtraError(model, "torch") from None
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def retarget_command(

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
@@ -40,7 +41,8 @@ def from_module(
     Args:
         module: exported in eval mode; its weights are shared with the graph, not copied.
         inputs: example inputs: a tensor, a tuple of positional or a dict of keyword arguments;
-            they may nest. Dynamic axes may have any example size, 1 included.
+            they may nest; numpy arrays count as tensors. Dynamic axes may have any example size,
+            1 included.
         dynamic: names of the axes whose size may change at run time.
         input_names: names of the graph's inputs, in order; by default ``forward``'s own.
         output_names: names of the graph's outputs, in order.
@@ -50,7 +52,7 @@ def from_module(
             or an operator has no translation.
         InputError: ``dynamic`` names an input or axis that does not exist.
     """
-    args, kwargs = _arguments(module, inputs)
+    args, kwargs = pytree.tree_map(_as_tensor, _arguments(module, inputs))
     leaves = _named_leaves(module, args, kwargs)
     axes = _flat_dynamic(dynamic or {}, leaves)
     args, kwargs = _enlarged((args, kwargs), leaves, axes)
@@ -114,6 +116,10 @@ def _arguments(module: torch.nn.Module, inputs: Any) -> tuple[tuple[Any, ...], d
             )
         return (), {}
     return (inputs,), {}
+
+
+def _as_tensor(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 def _bound(
