@@ -37,10 +37,10 @@ demo: $(VENV)/.installed-demo
 test: lint types installed pytest
 
 test-all: lint types installed
-	$(ONE_THREAD) $(BIN)/pytest -n $(JOBS) $(TESTS)
+	$(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist loadgroup $(TESTS)
 
 pytest: $(VENV)/.installed-test
-	$(ONE_THREAD) $(BIN)/pytest -n $(JOBS) -m "not slow" $(TESTS)
+	$(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not slow" $(TESTS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -16,7 +16,11 @@ TOLERANCE = 1e-4
 DECODE_STEPS = 16
 
 
-@pytest.fixture(scope="module", params=models.FAMILIES)
+# One group per family keeps its tests on one worker, so that it is compiled once.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(f, marks=pytest.mark.xdist_group(f)) for f in models.FAMILIES],
+)
 def compiled(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, torch.nn.Module, hal.Bundle]:
