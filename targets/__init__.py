@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hal.targets.backends import BackendInfo, list_backends, load_backend
+from hal.targets.backends import BackendInfo, code_digest, list_backends, load_backend
 from hal.targets.registry import (
     Registry,
     ResolvedTarget,
@@ -57,6 +57,7 @@ __all__ = [
     "TargetInfo",
     "Verdict",
     "WeightStore",
+    "code_digest",
     "list_backends",
     "list_targets",
     "load_backend",

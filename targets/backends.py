@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import importlib
 import importlib.metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hal.errors import TargetError, did_you_mean
@@ -50,6 +54,17 @@ def load_backend(name: str) -> Backend:
             f"check the installation of {origin}",
         ) from error
     return _instance(backend_class, name, origin)
+
+
+@functools.cache
+def code_digest() -> str:
+    """Digest of the code that makes builds, so that a development tree never gets a stale one."""
+    digest = hashlib.sha256()
+    for name in ("hal.targets", "hal.kernels"):
+        for folder in importlib.import_module(name).__path__:
+            for path in sorted(Path(folder).rglob("*.py")):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def list_backends() -> list[BackendInfo]:

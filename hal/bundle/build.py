@@ -7,7 +7,6 @@ and toolchain give the same files, so a second compile copies them.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import shutil
@@ -17,13 +16,11 @@ from typing import Any
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 import hal
-import hal.kernels
-import hal.targets
 from hal.bundle.manifest import BuildRecord, FileRecord
 from hal.errors import TargetError
 from hal.ir import Graph
 from hal.runtime.cache import cache_folder, entry_writer
-from hal.targets import ResolvedTarget, load_backend, partition
+from hal.targets import ResolvedTarget, code_digest, load_backend, partition
 from hal.targets.backend import Backend, BuildContext
 
 FALLBACK_BACKEND = "onnxruntime"
@@ -67,7 +64,7 @@ def build_target(
         raise TargetError(
             f"target {target.name!r} cannot be built here: {probe.reason}", _hint(backend)
         )
-    toolchain = {"hal": hal.__version__, "code": _code_digest(), **probe.versions}
+    toolchain = {"hal": hal.__version__, "code": code_digest(), **probe.versions}
     folder = root / build_folder(target.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     entry = None
@@ -166,17 +163,6 @@ def _from_cache(entry: Path, folder: Path) -> BuildRecord:
         if path.is_file():
             shutil.copyfile(path, goal)
     return BuildRecord.model_validate_json((entry / "record.json").read_text())
-
-
-@functools.cache
-def _code_digest() -> str:
-    """Digest of the code that makes builds, so that a development tree never gets a stale one."""
-    digest = hashlib.sha256()
-    for package in (hal.targets, hal.kernels):
-        for folder in package.__path__:
-            for path in sorted(Path(folder).rglob("*.py")):
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _size(folder: Path) -> int:

@@ -20,14 +20,20 @@ from hal.targets.backend import WeightStore
 def externalize(graph: Graph, folder: Path, bundle: Path) -> int:
     """Turn the graph's large initializers, in place, into references relative to ``bundle``.
 
-    Returns the bytes written to ``folder``; there is no file when nothing had to be.
+    Returns the bytes of the tensors written to ``folder``; there is no file when nothing had to be.
     """
+    before = _bytes_in_files(graph)
     for name, value in graph.graph.initializers.items():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= INLINE_BYTES:
             value.const_value = ir.Tensor(tensor.numpy().copy(), tensor.dtype, name=name)
-    files = write_weights(graph, folder, relative_to=bundle, keep_files=True)
-    return sum(path.stat().st_size for path in files)
+    write_weights(graph, folder, relative_to=bundle, keep_files=True)
+    return _bytes_in_files(graph) - before
+
+
+def _bytes_in_files(graph: Graph) -> int:
+    tensors = {id(v.const_value): v.const_value for v in graph.graph.initializers.values()}
+    return sum(t.nbytes for t in tensors.values() if isinstance(t, ir.ExternalTensor))
 
 
 def relocate(proto: onnx.ModelProto, files: WeightStore) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hal.runtime.cache import entry_writer, publish_file
+from hal.runtime.cache import entry_writer
 
 
 def test_an_entry_appears_only_when_the_block_ends_well(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_the_model_file_holds_no_weights(tmp_path: Path) -> None:
 def test_weights_made_by_the_backend_are_written_beside_the_model(tmp_path: Path) -> None:
     record = build(parse(LINEAR, w=weight()), tmp_path)
     assert record["repacked_bytes"] == weight().nbytes
-    assert (tmp_path / "builds" / "weights.safetensors").exists()
+    assert (tmp_path / "builds" / "weights-00001.safetensors").exists()
 
 
 def test_a_packed_bundle_runs_from_inside_the_file(tmp_path: Path) -> None:
