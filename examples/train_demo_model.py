@@ -84,14 +84,14 @@ class Recipe:
 
     context: int = 512
     short_context: int = 256
-    finish_fraction: float = 0.25
+    finish_fraction: float = 0.35
     batch_tokens: int = 1024
     peak_learning_rate: float = 3e-3
     final_learning_rate_fraction: float = 0.02
     warmup_fraction: float = 0.04
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
-    bpe_dropout: float = 0.05
+    bpe_dropout: float = 0.1
     router_bias_speed: float = 1e-3
 
     def finishing(self, done: float) -> bool:
