@@ -209,7 +209,12 @@ def run(rounds: int, layers: int | None, folder: Path) -> dict[str, list[dict[st
         for name, (measure, verify) in ways.items():
             place = folder / f"{turn}-{measure.__name__}-{verify}"
             place.mkdir()
-            results[name].append(in_process(measure, place, layers, verify))
+            row = in_process(measure, place, layers, verify)
+            results[name].append(row)
+            print(
+                f"{name}: {row['seconds']:.0f} s, peak {row.get('ratio', 0):.2f} x weights",
+                flush=True,
+            )
             if measure is with_hal and not verify:
                 results["loading"].append(in_process(loading, place, layers, verify))
             shutil.rmtree(place)
