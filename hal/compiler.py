@@ -110,7 +110,7 @@ def compile(
         loaded = frontends.load(model, inputs, dynamic)
         graph = loaded.graph
         verify_graph(graph)
-        samples = _user_samples(graph, inputs)
+        samples = _user_samples(graph, inputs, strict=isinstance(model, (str, Path)))
         reference: verification.Reference | str = "not asked for"
         if verify:
             say("computing the reference")
@@ -324,8 +324,12 @@ def _write_samples(folder: Path, steps: Sequence[Mapping[str, Any]]) -> str | No
     return SAMPLES
 
 
-def _user_samples(graph: Graph, inputs: Any) -> dict[str, Any] | None:
-    """The caller's example inputs as arrays by name, if they match the signature one to one."""
+def _user_samples(graph: Graph, inputs: Any, *, strict: bool) -> dict[str, Any] | None:
+    """The caller's example inputs as arrays by name, if they match the signature one to one.
+
+    Raises:
+        InputError: they do not match, and ``strict`` is set (a file's signature is fixed).
+    """
     if inputs is None:
         return None
     specs = graph.signature().inputs
@@ -333,12 +337,19 @@ def _user_samples(graph: Graph, inputs: Any) -> dict[str, Any] | None:
         named = dict(inputs)
     else:
         values = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
-        if len(values) != len(specs):
+        if len(values) != len(specs) and not strict:
             return None
+        if len(values) != len(specs):
+            raise InputError(
+                f"{len(values)} inputs given, the model takes {len(specs)}",
+                "expected " + ", ".join(str(s) for s in specs),
+            )
         named = {s.name: v for s, v in zip(specs, values, strict=True)}
     try:
         return check_inputs(named, specs)
     except InputError:
+        if strict:
+            raise
         return None  # nested or keyword inputs that the frontend flattened; random ones will do
 
 
@@ -364,10 +375,10 @@ def _require_buildable(target: ResolvedTarget) -> None:
 
 
 def _as_list(target: str | Sequence[str]) -> list[str]:
-    names = [target] if isinstance(target, str) else list(target)
+    names = [target] if isinstance(target, str) else list(target or ())
     if not names:
         raise TargetError("no target is given", "use target='host'")
-    return names
+    return list(dict.fromkeys(names))
 
 
 # -- output -----------------------------------------------------------------------------------
@@ -395,10 +406,21 @@ def _bundle_writer(output: str | Path | None) -> Iterator[tuple[Path, Callable[[
             raise BundleError(
                 f"{goal} is a folder that is not a bundle", "choose another output name"
             )
+        if goal.exists() and not goal.is_dir() and not _is_bundle_file(goal):
+            raise BundleError(
+                f"{goal} exists and is not a bundle", "choose another output name, or remove it"
+            )
         with scratch_folder(goal.parent, f".{goal.name}.tmp-") as scratch_path:
             folder = scratch_path / "bundle"
             folder.mkdir()
             yield folder, lambda path: _publish(path, goal)
+
+
+def _is_bundle_file(path: Path) -> bool:
+    try:
+        return MANIFEST in BundleFiles.open(path)
+    except BundleError:
+        return False
 
 
 def _publish(folder: Path, goal: Path) -> Bundle:
@@ -431,6 +453,7 @@ def _readable_os_errors(where: Path) -> Iterator[None]:
         errno.EROFS: "the file system is read-only",
         errno.EACCES: "permission denied",
         errno.EPERM: "permission denied",
+        errno.ENAMETOOLONG: "the name is too long",
     }
     try:
         yield

@@ -137,7 +137,9 @@ class Registry:
             TargetError: unknown target or route.
             DescriptorError: the descriptor is wrong.
         """
-        target, _, route = name.partition(":")
+        target, colon, route = name.partition(":")
+        if colon and not route:
+            raise TargetError(f"target {name!r} names no route", f"use {target!r} for the default")
         if name.endswith(".toml") or target.endswith(".toml"):
             descriptor = self.from_file(target)
             target = descriptor.name

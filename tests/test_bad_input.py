@@ -886,3 +886,19 @@ def test_an_interrupted_compile_leaves_no_bundle(
             hal.load(tmp_path / "out" / name)
     else:
         assert left == []
+
+
+def test_a_file_that_is_no_bundle_is_not_overwritten(tmp_path: Path) -> None:
+    model = files.save_mlp(tmp_path / "mlp.onnx")
+    before = model.read_bytes()
+    with pytest.raises(hal.BundleError, match="exists and is not a bundle"):
+        hal.compile(model, output=model)
+    assert model.read_bytes() == before
+
+
+def test_dynamic_axes_of_a_file_are_refused(tmp_path: Path) -> None:
+    model = files.save_mlp(tmp_path / "mlp.onnx")
+    with pytest.raises(hal.InputError, match="fixed in the file"):
+        hal.compile(model, dynamic={"x": {0: "batch"}})
+    with pytest.raises(hal.InputError, match="no input 'q'"):
+        hal.compile(model, inputs={"q": np.ones((2, 24), np.float32)})

@@ -114,9 +114,9 @@ def read_manifest(files: BundleFiles) -> Manifest:
     try:
         data = json.loads(text)
         version = data["format"]
-        if not isinstance(version, int):
-            raise TypeError("format is not a number")
-    except (ValueError, KeyError, TypeError) as error:
+        if type(version) is not int or version < 1:
+            raise TypeError("format is not a positive number")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(
             f"{where}: {MANIFEST} is damaged ({error})", "copy the bundle again or rebuild it"
         ) from error
@@ -144,6 +144,8 @@ def read_manifest(files: BundleFiles) -> Manifest:
 
 
 def _check_files(files: BundleFiles, manifest: Manifest) -> None:
+    if GRAPH not in manifest.files:
+        raise BundleError(f"{files.root}: {MANIFEST} does not list {GRAPH}", "rebuild the bundle")
     for name, record in manifest.files.items():
         checked_member(name)
         _, _, length = files.locate(name)

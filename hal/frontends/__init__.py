@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hal.errors import MissingExtraError, ModelError
+from hal.errors import InputError, MissingExtraError, ModelError
 from hal.frontends.source import Loaded
 
 if TYPE_CHECKING:
@@ -46,6 +46,11 @@ def load(model: Any, inputs: Any = None, dynamic: Mapping[str, Any] | None = Non
     if isinstance(model, str) and model.startswith("python:"):
         return _load_callable(model, inputs, dynamic)
     if isinstance(model, (str, os.PathLike)):
+        if dynamic:
+            raise InputError(
+                f"dynamic axes are given, but those of {os.fspath(model)!r} are fixed in the file",
+                "leave dynamic out; it is for modules and their example inputs",
+            )
         return _load_path(Path(model))
     if "torch" in sys.modules:
         return _load_torch(model, inputs, dynamic)

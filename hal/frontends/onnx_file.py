@@ -47,10 +47,27 @@ def from_file(path: str | Path) -> Graph:
         n.domain == HAL_DOMAIN and n.op_identifier() not in model.functions for n in model.graph
     ):
         ensure_functions(model)
+    _compute_outputs(model.graph)
     _name_input_dims(model.graph)
     graph = Graph.from_model(model)
     graph.metadata.setdefault("task", "generic")
     return graph
+
+
+def _compute_outputs(graph: ir.Graph) -> None:
+    """Outputs that are initializers become the result of an Identity of their own."""
+    for value in dict.fromkeys(v for v in graph.outputs if v.is_initializer()):
+        name = value.name
+        del graph.initializers[name]
+        value.name = f"{name}.value"
+        graph.register_initializer(value)
+        node = ir.node("Identity", [value], name=f"{name}.identity")
+        result = node.outputs[0]
+        result.name, result.shape, result.type = name, value.shape, value.type
+        graph.append(node)
+        for index, output in enumerate(graph.outputs):
+            if output is value:
+                graph.outputs[index] = result
 
 
 def _read(path: Path) -> onnx.ModelProto:

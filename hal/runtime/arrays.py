@@ -82,7 +82,7 @@ def bind_dims(arrays: Mapping[str, Any], specs: Iterable[TensorSpec]) -> dict[st
                 if extent != dim:
                     raise InputError(
                         f"input {spec.name!r} has extent {extent} on axis {axis}, expected {dim}",
-                        "this axis is static; compile with --dynamic to make it free",
+                        "this axis is fixed in the model; export the model with a free axis",
                     )
             elif dim.isidentifier():
                 before, other = bound.setdefault(dim, (extent, spec.name))
@@ -105,6 +105,10 @@ def _to_array(value: Any, spec: TensorSpec) -> np.ndarray:
             return np.from_dlpack(value)
         except (TypeError, RuntimeError, BufferError, ValueError):
             pass  # dtypes that numpy's DLPack lacks: use the array protocol
+    if str(getattr(value, "dtype", "")) == "torch.bfloat16":  # numpy has no name for it
+        import torch
+
+        return np.asarray(value.cpu().view(torch.uint16).numpy()).view(np.dtype("bfloat16"))
     if hasattr(value, "__array__"):
         try:
             return np.asarray(value)

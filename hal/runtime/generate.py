@@ -87,10 +87,10 @@ def generate(
     stream = None
     if isinstance(prompt, str):
         tokenizer = Tokenizer.from_bundle(session.bundle.files)
-        ids = tokenizer.encode(prompt)
+        ids = tokenizer.encode(_valid_text(prompt))
         stream = TextStream(tokenizer, ids)
     else:
-        ids = [int(i) for i in np.asarray(prompt).reshape(-1)]
+        ids = _valid_ids(prompt)
     if not ids:
         raise InputError("the prompt is empty", "give at least one token")
     vocabulary = metadata.get("vocab_size")
@@ -100,6 +100,29 @@ def generate(
         )
     stops = set(metadata.get("eos_token_ids", []) if stop_token_ids is None else stop_token_ids)
     return Generated(_greedy(session, ids, max_new_tokens, stops), stream)
+
+
+def _valid_text(prompt: str) -> str:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the prompt is not valid Unicode: {error.reason}", "remove lone surrogates"
+        ) from error
+    return prompt
+
+
+def _valid_ids(prompt: object) -> list[int]:
+    array = np.asarray(prompt)
+    if array.size and (array.dtype.kind not in "iu" or array.ndim > 2):
+        raise InputError(
+            f"the prompt is neither text nor token ids but {type(prompt).__name__} "
+            f"of {array.dtype}",
+            "pass a string or a list of integers",
+        )
+    if array.ndim == 2 and len(array) > 1:
+        raise InputError(f"{len(array)} prompts are given at once", "generate one prompt at a time")
+    return [int(i) for i in array.reshape(-1)]
 
 
 def _greedy(session: Session, ids: list[int], limit: int, stops: set[int]) -> Iterator[int]:

@@ -89,7 +89,13 @@ class Session:
         Raises:
             InputError: an input is unknown, missing, or has a wrong dtype, rank or extent.
         """
+        if not isinstance(inputs, Mapping):
+            raise InputError(
+                f"run() takes a dictionary of arrays by name, not a {type(inputs).__name__}",
+                "expected " + ", ".join(str(s) for s in self.inputs),
+            )
         arrays = check_inputs(inputs, self.inputs)
+        self._check_ids(arrays)
         if not self.states:
             return self.executable.run(arrays)
         batch, length = self._batch_and_length(arrays)
@@ -105,6 +111,19 @@ class Session:
         self._batch = batch
         self.position += length
         return {s.name: outputs[s.name] for s in self.outputs}
+
+    def _check_ids(self, arrays: Mapping[str, Any]) -> None:
+        """Refuse ids that the embedding has no row for; runtimes may read past the table."""
+        size = self.bundle.manifest.metadata.get("vocab_size")
+        ids = arrays.get("input_ids")
+        if size and isinstance(ids, np.ndarray) and ids.size:
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= size:
+                wrong = low if low < 0 else high
+                raise InputError(
+                    f"input 'input_ids' has id {wrong}, the vocabulary is 0..{size - 1}",
+                    "use the model's own tokenizer",
+                )
 
     def _step_arrays(self, arrays: dict[str, Any], batch: int) -> dict[str, Any]:
         if not self._arrays:

@@ -18,10 +18,15 @@ from hal.targets.tvm.lowering import Op, Operand
 
 
 def wrapped(index: Any, extent: Dim) -> Any:
-    """A possibly negative index as int64 counted from the front."""
+    """A possibly negative index as int64 counted from the front.
+
+    An index out of range is undefined in ONNX; here it is held inside, so that nothing foreign is
+    read or written.
+    """
     index = index.astype("int64")
     limit = tirx.const(extent, "int64") if isinstance(extent, int) else extent
-    return tirx.Select(index < 0, index + limit, index)
+    index = tirx.Select(index < 0, index + limit, index)
+    return tirx.max(tirx.min(index, limit - 1), tirx.const(0, "int64"))
 
 
 def gather(op: Op) -> Operand:
