@@ -57,7 +57,7 @@ def from_file(path: str | Path) -> Graph:
 def _compute_outputs(graph: ir.Graph) -> None:
     """Outputs that are initializers become the result of an Identity of their own."""
     for value in dict.fromkeys(v for v in graph.outputs if v.is_initializer()):
-        name = value.name
+        name = value.name or ""
         del graph.initializers[name]
         value.name = f"{name}.value"
         graph.register_initializer(value)

@@ -82,7 +82,7 @@ def bind_dims(arrays: Mapping[str, Any], specs: Iterable[TensorSpec]) -> dict[st
                 if extent != dim:
                     raise InputError(
                         f"input {spec.name!r} has extent {extent} on axis {axis}, expected {dim}",
-                        "this axis is fixed in the model; export the model with a free axis",
+                        "this axis is static; export the model with a free axis",
                     )
             elif dim.isidentifier():
                 before, other = bound.setdefault(dim, (extent, spec.name))
