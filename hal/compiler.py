@@ -110,7 +110,8 @@ def compile(
         loaded = frontends.load(model, inputs, dynamic)
         graph = loaded.graph
         verify_graph(graph)
-        samples = _user_samples(graph, inputs, strict=isinstance(model, (str, Path)))
+        in_a_file = isinstance(model, (str, Path)) and not str(model).startswith("python:")
+        samples = _user_samples(graph, inputs, strict=in_a_file)
         reference: verification.Reference | str = "not asked for"
         if verify:
             say("computing the reference")
