@@ -1,0 +1,234 @@
+"""Models that cannot be read, exported or run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+import hal
+from tests import files
+from tests.bad_input.cases import Case, cases, check_cli, check_text
+
+
+def text_file(folder: Path) -> Path:
+    (folder / "notes.onnx").write_text("This is not a model.\n" * 40)
+    return folder / "notes.onnx"
+
+
+def empty_file(folder: Path) -> Path:
+    (folder / "empty.onnx").write_bytes(b"")
+    return folder / "empty.onnx"
+
+
+def truncated(folder: Path) -> Path:
+    path = files.save_mlp(folder / "cut.onnx")
+    path.write_bytes(path.read_bytes()[:-500])
+    return path
+
+
+def without_external_data(folder: Path) -> Path:
+    path, data = files.save_external_mlp(folder)
+    data.unlink()
+    return path
+
+
+def short_external_data(folder: Path) -> Path:
+    path, data = files.save_external_mlp(folder)
+    data.write_bytes(data.read_bytes()[:-64])
+    return path
+
+
+def external_data_outside(folder: Path) -> Path:
+    path, data = files.save_external_mlp(folder / "inside")
+    data.rename(folder / "outside.data")
+    files.repoint_external(path, "../outside.data")
+    return path
+
+
+def absolute_external_data(folder: Path) -> Path:
+    path, data = files.save_external_mlp(folder)
+    files.repoint_external(path, str(data.resolve()))
+    return path
+
+
+def external_data_by_link(folder: Path) -> Path:
+    path, data = files.save_external_mlp(folder / "inside")
+    data.rename(folder / "outside.data")
+    data.symlink_to(folder / "outside.data")
+    return path
+
+
+def hugging_face(folder: Path, **config: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    return folder
+
+
+def broken_weights(folder: Path) -> Path:
+    hugging_face(folder, architectures=["LlamaForCausalLM"], vocab_size=16)
+    (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
+    return folder
+
+
+def mystery_op(folder: Path) -> Path:
+    path = folder / "mystery.onnx"
+    onnx.save_model(files.mlp(op="Mystery", domain="com.example"), path)
+    return path
+
+
+def unknown_standard_op(folder: Path) -> Path:
+    path = folder / "unknown.onnx"
+    onnx.save_model(files.mlp(op="Reluu"), path)
+    return path
+
+
+def invalid_graph(folder: Path) -> Path:
+    model = files.mlp()
+    model.graph.node[1].input[0] = "nothing"
+    onnx.save_model(model, folder / "invalid.onnx")
+    return folder / "invalid.onnx"
+
+
+MODELS = [
+    Case(
+        "missing file",
+        hal.ModelError,
+        lambda folder: folder / "nowhere.onnx",
+        ("no such file", "nowhere.onnx"),
+        "check the path",
+    ),
+    Case("text file", hal.ModelError, text_file, ("notes.onnx", "not"), "onnx"),
+    Case("empty file", hal.ModelError, empty_file, ("empty.onnx",), ""),
+    Case("truncated ONNX", hal.ModelError, truncated, ("cut.onnx",), "again"),
+    Case(
+        "missing external data",
+        hal.ModelError,
+        without_external_data,
+        ("model.data", "model.onnx"),
+        "put the file model.data into",
+    ),
+    Case(
+        "short external data",
+        hal.ModelError,
+        short_external_data,
+        ("model.data", "bytes"),
+        "again",
+    ),
+    Case(
+        "external data outside",
+        hal.ModelError,
+        external_data_outside,
+        ("../outside.data", "model.onnx"),
+        "",
+    ),
+    Case("absolute external data", hal.ModelError, absolute_external_data, ("model.onnx",), ""),
+    Case("external data behind a link", hal.ModelError, external_data_by_link, ("model.onnx",), ""),
+    Case(
+        "unknown suffix",
+        hal.ModelError,
+        lambda folder: files.save_mlp(folder / "model.txt"),
+        ("model.txt is of no known kind of model",),
+        ".onnx or .pt2",
+    ),
+    Case(
+        "directory without config",
+        hal.ModelError,
+        lambda folder: folder,
+        ("has no config.json",),
+        "save_pretrained",
+    ),
+    Case(
+        "config that is no JSON",
+        hal.ModelError,
+        lambda folder: (folder / "config.json").write_text("{oops") and folder,
+        ("config.json is not valid JSON",),
+        "",
+    ),
+    Case(
+        "directory without weights",
+        hal.ModelError,
+        lambda folder: hugging_face(folder, architectures=["LlamaForCausalLM"]),
+        ("has no weights",),
+        "next to config.json",
+    ),
+    Case(
+        "damaged weights",
+        hal.ModelError,
+        broken_weights,
+        ("the weights in", "cannot be loaded"),
+        "damaged",
+    ),
+    Case(
+        "unknown architecture",
+        hal.ModelError,
+        lambda folder: hugging_face(folder, architectures=["LlamaForCasualLM"]),
+        ("unknown architecture 'LlamaForCasualLM'", "config.json"),
+        "did you mean 'LlamaForCausalLM'?",
+    ),
+    Case(
+        "no architecture",
+        hal.ModelError,
+        hugging_face,
+        ("names no architecture",),
+        "architectures",
+    ),
+    Case(
+        "unknown module",
+        hal.ModelError,
+        lambda _: "python:nowhere_to_be_found:f",
+        ("cannot import module 'nowhere_to_be_found'",),
+        "importable",
+    ),
+    Case(
+        "op that nothing covers",
+        hal.UnsupportedError,
+        mystery_op,
+        ("Mystery", "node 'middle'", "onnxruntime"),
+        "",
+    ),
+    Case(
+        "op that nothing covers, with fallback",
+        hal.UnsupportedError,
+        mystery_op,
+        ("Mystery", "node 'middle'", "tvm", "onnxruntime"),
+        "",
+        "host:tvm",
+    ),
+    Case(
+        "op that is not in the operator set",
+        hal.HalError,
+        unknown_standard_op,
+        ("Reluu", "node 'middle'"),
+        "",
+    ),
+    Case("invalid graph", hal.HalError, invalid_graph, ("nothing",), ""),
+]
+
+
+@cases(MODELS)
+def test_a_bad_model_is_refused(case: Case, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "out").mkdir()
+    model = case.make(tmp_path / "model")
+    before = files.listing(tmp_path)
+    with pytest.raises(case.error) as caught:
+        hal.compile(model, target=case.target, output=tmp_path / "out" / "m.hal")
+    check_text(case, caught.value.message, caught.value.hint)
+    assert caught.value.hint
+    assert files.listing(tmp_path) == before
+
+
+@cases(MODELS)
+def test_a_bad_model_is_refused_on_the_command_line(
+    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "out").mkdir()
+    model = case.make(tmp_path / "model")
+    before = files.listing(tmp_path)
+    output = str(tmp_path / "out" / "m.hal")
+    check_cli(case, ["compile", str(model), "-o", output, "--target", case.target], capsys)
+    assert files.listing(tmp_path) == before
