@@ -57,6 +57,9 @@ TOKENIZER_FOLDER = "tokenizer"
 Progress = Callable[[str], None]
 """Called with a sentence when the compiler begins something that may take long."""
 
+_Reference = verification.Reference | str
+"""What builds are compared with, or a sentence saying why there is nothing to compare with."""
+
 
 def compile(
     model: Any,
@@ -101,38 +104,25 @@ def compile(
         raise InputError(f"quantize={quantize!r} is not available in this version", "leave it out")
     if kv_cache != "auto":
         raise InputError(f"kv_cache={kv_cache!r} is not available in this version", "use 'auto'")
-    say = progress or (lambda _: None)
-    targets = [resolve(t) for t in _as_list(target)]
-    for item in targets:
-        _require_buildable(item)
+    job = _Job(_buildable(target), verify, fallback, progress or (lambda _: None))
     with _bundle_writer(output) as (folder, finish):
-        say("reading the model")
+        job.say("reading the model")
         loaded = frontends.load(model, inputs, dynamic)
         graph = loaded.graph
         verify_graph(graph)
         in_a_file = isinstance(model, (str, Path)) and not str(model).startswith("python:")
         samples = _user_samples(graph, inputs, strict=in_a_file)
-        reference: verification.Reference | str = "not asked for"
-        if verify:
-            say("computing the reference")
-            reference = verification.reference_for(graph, samples)
-        say("running the passes")
+        reference = job.reference(lambda: verification.reference_for(graph, samples))
+        job.say("running the passes")
         graph, reports = default_pipeline().run(graph)
-        say("writing the weights")
+        job.say("writing the weights")
         manifest = _describe(graph, {"model": loaded.source}, [r.to_json() for r in reports])
         if isinstance(reference, verification.Reference):
             manifest.samples = _write_samples(folder, reference.inputs)
         _copy_assets(loaded.assets, folder)
         del loaded
         graph, digests = _write_graph(graph, folder)
-        for item in targets:
-            say(f"building for {item.name}")
-            record = build_target(folder, graph, item, fallback=fallback, digests=digests)
-            manifest.builds[item.name] = record
-        write_manifest(manifest, folder, digests)
-        if verify:
-            _verify_builds(folder, manifest, graph, reference, list(manifest.builds), say)
-        write_manifest(manifest, folder, manifest.files)
+        _build_all(job, folder, manifest, graph, digests, reference)
         return finish(folder)
 
 
@@ -146,30 +136,16 @@ def retarget(
     progress: Progress | None = None,
 ) -> Bundle:
     """See :meth:`hal.Bundle.retarget`."""
-    say = progress or (lambda _: None)
-    targets = [resolve(t) for t in _as_list(target)]
-    for item in targets:
-        _require_buildable(item)
+    job = _Job(_buildable(target), verify, fallback, progress or (lambda _: None))
     with _bundle_writer(output) as (folder, finish):
-        say("copying the neutral graph and weights")
+        job.say("copying the neutral graph and weights")
         manifest = bundle.manifest.model_copy(deep=True)
         manifest.builds = {}
         unpack(bundle.files, folder, skip=_not_neutral)
         known = {n: r for n, r in manifest.files.items() if not _not_neutral(n)}
         graph = load_graph(BundleFiles.open(folder))
-        digests = {n: r for n, r in known.items() if n == GRAPH or n.startswith("weights-")}
-        reference: verification.Reference | str = "not asked for"
-        if verify:
-            say("computing the reference")
-            reference = _reference_of(bundle, graph)
-        for item in targets:
-            say(f"building for {item.name}")
-            record = build_target(folder, graph, item, fallback=fallback, digests=digests)
-            manifest.builds[item.name] = record
-        write_manifest(manifest, folder, known)
-        if verify:
-            _verify_builds(folder, manifest, graph, reference, list(manifest.builds), say)
-        write_manifest(manifest, folder, manifest.files)
+        reference = job.reference(lambda: _reference_of(bundle, graph))
+        _build_all(job, folder, manifest, graph, known, reference)
         return finish(folder)
 
 
@@ -201,25 +177,62 @@ def verify(bundle: Bundle, target: str | None = None, *, against: Any = None) ->
     return results
 
 
+# -- building ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What to build and how; the part that :func:`compile` and :func:`retarget` share."""
+
+    targets: list[ResolvedTarget]
+    verify: bool
+    fallback: bool
+    say: Progress
+
+    def reference(self, compute: Callable[[], _Reference]) -> _Reference | None:
+        """What the builds are compared with; None if that was not asked for."""
+        if not self.verify:
+            return None
+        self.say("computing the reference")
+        return compute()
+
+
+def _build_all(
+    job: _Job,
+    folder: Path,
+    manifest: Manifest,
+    graph: Graph,
+    files: dict[str, FileRecord],
+    reference: _Reference | None,
+) -> None:
+    """Build and verify every target, and write the manifest.
+
+    ``files`` are the records of what is in ``folder`` already, ``graph.onnx`` and weights included.
+    """
+    digests = {n: r for n, r in files.items() if n == GRAPH or n.startswith("weights-")}
+    for target in job.targets:
+        job.say(f"building for {target.name}")
+        record = build_target(folder, graph, target, fallback=job.fallback, digests=digests)
+        manifest.builds[target.name] = record
+    write_manifest(manifest, folder, files)
+    if reference is not None:
+        _verify_builds(job, folder, manifest, graph, reference)
+        write_manifest(manifest, folder, manifest.files)
+
+
 # -- verification -----------------------------------------------------------------------------
 
 
 def _verify_builds(
-    folder: Path,
-    manifest: Manifest,
-    graph: Graph,
-    reference: verification.Reference | str,
-    names: list[str],
-    say: Progress,
+    job: _Job, folder: Path, manifest: Manifest, graph: Graph, reference: _Reference
 ) -> None:
     bundle = Bundle(BundleFiles.open(folder), manifest)
-    for name in names:
+    for name, record in manifest.builds.items():
         if isinstance(reference, str):
-            figures: dict[str, Any] = {"passed": None, "reason": reference}
+            record.verification = {"passed": None, "reason": reference}
         else:
-            say(f"verifying {name}")
-            figures = _verify_one(bundle, graph, reference, name)
-        manifest.builds[name].verification = figures
+            job.say(f"verifying {name}")
+            record.verification = _verify_one(bundle, graph, reference, name)
 
 
 def _verify_one(
@@ -252,7 +265,7 @@ def _run_once(graph: Graph, target: ResolvedTarget, step: verification.Step) -> 
             return session.executable.run(step)
 
 
-def _reference_of(bundle: Bundle, graph: Graph) -> verification.Reference | str:
+def _reference_of(bundle: Bundle, graph: Graph) -> _Reference:
     if bundle.manifest.samples is None:
         return verification.reference_for(graph)
     arrays = load_arrays(bundle.files.read(bundle.manifest.samples))
@@ -365,21 +378,22 @@ def _not_neutral(name: str) -> bool:
     return name.startswith("builds/") or name in (MANIFEST, MANIFEST_DIGEST)
 
 
-def _require_buildable(target: ResolvedTarget) -> None:
-    """Fail before the long work if the backend is not there."""
-    probe = load_backend(target.backend).probe()
-    if probe.status == "absent":
-        raise TargetError(
-            f"target {target.name!r} cannot be built here: {probe.reason}",
-            f"pip install 'hal-compiler[{target.backend}]', or choose another route",
-        )
-
-
-def _as_list(target: str | Sequence[str]) -> list[str]:
-    names = [target] if isinstance(target, str) else list(target or ())
+def _buildable(target: str | Sequence[str]) -> list[ResolvedTarget]:
+    """The named targets; fails before the long work if one is unknown or its backend is absent."""
+    names = [target] if isinstance(target, str) else target
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"target={target!r} is neither a name nor a list of names", "use 'host'")
     if not names:
         raise TargetError("no target is given", "use target='host'")
-    return list(dict.fromkeys(names))
+    targets = [resolve(name) for name in dict.fromkeys(names)]
+    for item in targets:
+        probe = load_backend(item.backend).probe()
+        if probe.status == "absent":
+            raise TargetError(
+                f"target {item.name!r} cannot be built here: {probe.reason}",
+                f"pip install 'hal-compiler[{item.backend}]', or choose another route",
+            )
+    return targets
 
 
 # -- output -----------------------------------------------------------------------------------
