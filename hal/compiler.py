@@ -25,7 +25,7 @@ import hal
 from hal import frontends
 from hal.bundle.build import build_target
 from hal.bundle.bundle import Bundle, load, load_graph
-from hal.bundle.files import BundleFiles, pack, unpack
+from hal.bundle.files import BundleFiles, checked_path, pack, unpack
 from hal.bundle.manifest import (
     GRAPH,
     MANIFEST,
@@ -100,11 +100,8 @@ def compile(
         CheckFailed: a build is out of tolerance; names the first tensor that diverges.
         InputError: an argument is wrong.
     """
-    if quantize is not None:
-        raise InputError(f"quantize={quantize!r} is not available in this version", "leave it out")
-    if kv_cache != "auto":
-        raise InputError(f"kv_cache={kv_cache!r} is not available in this version", "use 'auto'")
-    job = _Job(_buildable(target), verify, fallback, progress or (lambda _: None))
+    targets = check_options(target, quantize, kv_cache)
+    job = _Job(targets, verify, fallback, progress or (lambda _: None))
     with _bundle_writer(output) as (folder, finish):
         job.say("reading the model")
         loaded = frontends.load(model, inputs, dynamic)
@@ -136,7 +133,7 @@ def retarget(
     progress: Progress | None = None,
 ) -> Bundle:
     """See :meth:`hal.Bundle.retarget`."""
-    job = _Job(_buildable(target), verify, fallback, progress or (lambda _: None))
+    job = _Job(check_options(target), verify, fallback, progress or (lambda _: None))
     with _bundle_writer(output) as (folder, finish):
         job.say("copying the neutral graph and weights")
         manifest = bundle.manifest.model_copy(deep=True)
@@ -378,8 +375,19 @@ def _not_neutral(name: str) -> bool:
     return name.startswith("builds/") or name in (MANIFEST, MANIFEST_DIGEST)
 
 
-def _buildable(target: str | Sequence[str]) -> list[ResolvedTarget]:
-    """The named targets; fails before the long work if one is unknown or its backend is absent."""
+def check_options(
+    target: str | Sequence[str] = "host", quantize: str | None = None, kv_cache: str = "auto"
+) -> list[ResolvedTarget]:
+    """What the options of :func:`compile` mean, before the long work.
+
+    Raises:
+        InputError: an option has a value that this version does not take.
+        TargetError: a target is unknown, or its backend is absent.
+    """
+    if quantize is not None:
+        raise InputError(f"quantize={quantize!r} is not available in this version", "leave it out")
+    if kv_cache != "auto":
+        raise InputError(f"kv_cache={kv_cache!r} is not available in this version", "use 'auto'")
     names = [target] if isinstance(target, str) else target
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise InputError(f"target={target!r} is neither a name nor a list of names", "use 'host'")
@@ -404,6 +412,7 @@ def _bundle_writer(output: str | Path | None) -> Iterator[tuple[Path, Callable[[
     """Yield a scratch folder and the function that makes it the output; clean up otherwise.
 
     Raises:
+        InputError: the output is no path.
         BundleError: the output cannot be written (missing folder, no permission, no space).
     """
     if output is None:
@@ -413,7 +422,7 @@ def _bundle_writer(output: str | Path | None) -> Iterator[tuple[Path, Callable[[
         with _readable_os_errors(folder):
             yield folder, lambda path: Bundle(BundleFiles.open(path), _manifest_of(path), scratch)
         return
-    goal = Path(output)
+    goal = checked_path(output, "output")
     with _readable_os_errors(goal):
         if not goal.parent.is_dir():
             raise BundleError(f"folder {goal.parent} does not exist", f"mkdir -p {goal.parent}")

@@ -47,6 +47,7 @@ EXCEPTIONS = {
     ("hal.bundle.bundle", "hal.compiler"): "Bundle.retarget and .verify hand over to the compiler",
     ("hal.bundle.build", "hal"): "records hal.__version__",
     ("hal.compiler", "hal"): "records hal.__version__",
+    ("hal.frontends.dynamo", "hal.compiler"): "checks options as hal.compile does",
     ("hal.frontends.dynamo", "hal"): "an entry point: torch.compile calls hal.compile through it",
 }
 """Imports against the direction, each with its reason."""

@@ -4,7 +4,7 @@
     >>> compiled(x)            # a torch tensor; the graph ran in a hal session
 
 For inference: results carry no gradients. A graph that hal cannot take runs in torch, with a
-warning that says why.
+warning that says why; options that hal does not take are an error.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hal.errors import HalError, UnsupportedError
+from hal.errors import HalError, InputError, UnsupportedError, did_you_mean
 
+_OPTIONS = ("fallback", "kv_cache", "progress", "quantize", "target", "verify")
 _STATIC = "_dynamo_static_input_type"  # torch marks parameters and buffers so
 
 
@@ -36,7 +37,8 @@ def backend(
         options: arguments of :func:`hal.compile`, such as ``target`` and ``verify``.
 
     Returns:
-        A callable with ``gm``'s arguments and results.
+        A callable with ``gm``'s arguments and results. Its first call raises InputError or
+        TargetError if an option is wrong (torch wraps what is raised here in an error of its own).
     """
     del example_inputs
     return _CompiledGraph(gm, dict(options or {}))
@@ -60,6 +62,7 @@ class _CompiledGraph:
             return self.gm(*args)
         versions = tuple(_version(args[i]) for i in self.static)
         if self.session is None or versions != self.versions:
+            _check_options(self.options)
             try:
                 self.session = self._compile(args)
             except HalError as error:
@@ -158,6 +161,18 @@ class _Positional(torch.nn.Module):
             values[index] = tensors[position].shape[axis]
         results = self.gm(*values)
         return tuple(r for r in results if isinstance(r, torch.Tensor))
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    from hal.compiler import check_options
+
+    unknown = [name for name in options if name not in _OPTIONS]
+    if unknown:
+        raise InputError(
+            f"the backend hal has no option {unknown[0]!r}", did_you_mean(unknown[0], _OPTIONS)
+        )
+    names = ("target", "quantize", "kv_cache")
+    check_options(**{name: options[name] for name in names if name in options})
 
 
 def _is_static(node: torch.fx.Node) -> bool:

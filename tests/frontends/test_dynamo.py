@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import hal
+
 
 class Net(torch.nn.Module):
     """Weights, buffers, and a shape that is used as a number."""
@@ -35,6 +37,26 @@ def test_a_compiled_module_equals_eager_at_changing_sizes_and_weights() -> None:
     with torch.no_grad():
         net.linear.weight.add_(1)
     torch.testing.assert_close(compiled(x)["z"], net(x)["z"].detach())
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "hint"),
+    [
+        ({"target": "typo"}, "unknown target 'typo'", "known: "),
+        ({"target": 5}, "target=5 is neither", "host"),
+        ({"quantize": "w4a16"}, "quantize='w4a16' is not available", "leave it out"),
+        ({"fallbakc": True}, "has no option 'fallbakc'", "did you mean 'fallback'?"),
+        ({"output": "x.hal"}, "has no option 'output'", "known: fallback"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_an_error_and_no_warning(
+    options: dict[str, object], message: str, hint: str
+) -> None:
+    compiled = torch.compile(torch.nn.ReLU(), backend="hal", options=options)
+    with pytest.raises(hal.HalError, match=message) as caught:
+        compiled(torch.ones(2))
+    assert hint in caught.value.hint
 
 
 def test_a_graph_that_cannot_be_compiled_runs_in_torch_with_a_warning() -> None:
