@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hal.errors import InputError, MissingExtraError, ModelError
+from hal.errors import HalError, InputError, MissingExtraError, ModelError
 from hal.frontends.source import Loaded
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def load(model: Any, inputs: Any = None, dynamic: Mapping[str, Any] | None = Non
                 f"dynamic axes are given, but those of {os.fspath(model)!r} are fixed in the file",
                 "leave dynamic out; it is for modules and their example inputs",
             )
+        if not os.fspath(model):
+            raise ModelError("the path of the model is empty", f"pass {_SUPPORTED}")
         return _load_path(Path(model))
     if "torch" in sys.modules:
         return _load_torch(model, inputs, dynamic)
@@ -108,20 +110,51 @@ def _load_callable(text: str, inputs: Any, dynamic: Mapping[str, Any] | None) ->
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
-        function = getattr(importlib.import_module(parts[1]), parts[2])
-    except ImportError as error:
-        raise ModelError(f"cannot import module {parts[1]!r}: {error}", hint) from None
+        module = importlib.import_module(parts[1])
+    except Exception as error:  # a user's module may raise anything
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise ModelError(
+            f"cannot import module {parts[1]!r}: {kind}{_line(error)}", hint
+        ) from error
+    try:
+        function = getattr(module, parts[2])
     except AttributeError:
         raise ModelError(f"module {parts[1]!r} has no {parts[2]!r}", hint) from None
-    result = function()
-    if isinstance(result, tuple):
-        made = result[0]
-        inputs = result[1] if inputs is None and len(result) > 1 else inputs
-        dynamic = result[2] if dynamic is None and len(result) > 2 else dynamic
-    else:
-        made = result
+    made, *examples = _called(function, text)
+    inputs = examples[0] if inputs is None and examples else inputs
+    dynamic = examples[1] if dynamic is None and len(examples) > 1 else dynamic
     loaded = load(made, inputs, dynamic)
     return Loaded(loaded.graph, loaded.assets, text)
+
+
+def _called(function: Any, text: str) -> tuple[Any, ...]:
+    """What a user's callable returns, as a tuple that starts with a module."""
+    import torch
+
+    hint = (
+        "the callable takes no arguments and returns a torch.nn.Module, or (module, inputs),"
+        " or (module, inputs, dynamic)"
+    )
+    if not callable(function):
+        raise ModelError(f"{text} is a {type(function).__name__}, which cannot be called", hint)
+    try:
+        result = function()
+    except HalError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{text} failed: {type(error).__name__}: {_line(error)}", hint) from error
+    made = result if isinstance(result, tuple) else (result,)
+    kinds = (torch.nn.Module, torch.export.ExportedProgram)
+    if not 1 <= len(made) <= 3 or not isinstance(made[0], kinds):
+        what = type(result).__name__
+        if isinstance(result, tuple):
+            what += f" ({', '.join(type(item).__name__ for item in result)})"
+        raise ModelError(f"{text} returned a {what}", hint)
+    return made
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:200]
 
 
 def _need(module: str, purpose: str, extra: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,12 @@ def invalid_graph(folder: Path) -> Path:
     model.graph.node[1].input[0] = "nothing"
     onnx.save_model(model, folder / "invalid.onnx")
     return folder / "invalid.onnx"
+
+
+def failing_module(folder: Path) -> str:
+    (folder / "module_that_fails.py").write_text("raise ValueError('too early')\n")
+    sys.path.insert(0, str(folder))
+    return "python:module_that_fails:f"
 
 
 MODELS = [
@@ -180,6 +187,29 @@ MODELS = [
         hal.ModelError,
         lambda _: "python:nowhere_to_be_found:f",
         ("cannot import module 'nowhere_to_be_found'",),
+        "importable",
+    ),
+    Case("empty path", hal.ModelError, lambda _: "", ("the path of the model is empty",), "pass a"),
+    *(
+        Case(
+            f"callable that {what}",
+            hal.ModelError,
+            lambda _, name=name: f"python:{name}",
+            (f"python:{name} {says}",),
+            "returns a torch.nn.Module, or (module, inputs)",
+        )
+        for what, name, says in (
+            ("takes arguments", "json:dumps", "failed: TypeError: dumps() missing 1 required"),
+            ("returns text", "os:getcwd", "returned a str"),
+            ("returns a pair of numbers", "os:times", "returned a times_result"),
+            ("is none", "math:pi", "is a float, which cannot be called"),
+        )
+    ),
+    Case(
+        "module that fails",
+        hal.ModelError,
+        failing_module,
+        ("cannot import module 'module_that_fails': ValueError: too early",),
         "importable",
     ),
     Case(
