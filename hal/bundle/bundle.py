@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from hal.bundle.files import BundleFiles
+from hal.bundle.files import BundleFiles, checked_path
 from hal.bundle.manifest import GRAPH, Manifest, read_manifest
 from hal.errors import BundleError
 from hal.ir import Graph
@@ -99,9 +99,10 @@ def load(path: str | Path) -> Bundle:
     """Open a bundle and check every file's digest.
 
     Raises:
+        InputError: ``path`` is no path.
         BundleError: not a bundle, damaged, incomplete, or of a newer format.
     """
-    files = BundleFiles.open(Path(path))
+    files = BundleFiles.open(checked_path(path, "path"))
     return Bundle(files, read_manifest(files))
 
 

@@ -7,14 +7,15 @@ Both are read through :class:`BundleFiles`; backends see only ``locate``, ``mapp
 from __future__ import annotations
 
 import mmap
+import os
 import shutil
 import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from hal.errors import BundleError
+from hal.errors import BundleError, InputError
 from hal.runtime.cache import cache_folder, publish_file
 from hal.targets.backend import WeightStore
 
@@ -22,6 +23,20 @@ ALIGNMENT = 4096
 """Members of a zip start at multiples of this many bytes, so that pages map one to one."""
 
 _PADDING_FIELD = 0xD935  # extra-field id that Android's zipalign uses for padding
+
+
+def checked_path(value: Any, what: str) -> Path:
+    """``value`` as a path; ``what`` it is for goes into the error.
+
+    Raises:
+        InputError: it is no path, is empty (which the system reads as this folder), or holds NUL.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise InputError(f"{what}={value!r} is not a path", "pass a string or a pathlib.Path")
+    text = os.fspath(value)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise InputError(f"{what}={text!r} cannot be the name of a file", "check the path")
+    return Path(text)
 
 
 def checked_member(name: str) -> str:

@@ -15,9 +15,22 @@ from hal.errors import InputError, did_you_mean
 if TYPE_CHECKING:
     from hal.bundle import Bundle
 
+
+def path_of(text: str) -> Path:
+    """A path on the command line; an empty one would mean this folder.
+
+    Raises:
+        BadParameter: it is empty.
+    """
+    if not text:
+        raise typer.BadParameter("the path is empty")
+    return Path(text)
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 BundlePath = Annotated[
-    Path, typer.Argument(metavar="BUNDLE", help="A bundle: a .hal file or a folder.")
+    Path,
+    typer.Argument(metavar="BUNDLE", help="A bundle: a .hal file or a folder.", parser=path_of),
 ]
 Target = Annotated[
     str | None,
@@ -34,7 +47,11 @@ Targets = Annotated[
 Output = Annotated[
     Path,
     typer.Option(
-        "--output", "-o", metavar="OUT.hal", help="One file if it ends in .hal, else a folder."
+        "--output",
+        "-o",
+        metavar="OUT.hal",
+        help="One file if it ends in .hal, else a folder.",
+        parser=path_of,
     ),
 ]
 Threads = Annotated[

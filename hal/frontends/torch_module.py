@@ -27,6 +27,8 @@ Dynamic = Mapping[str, Any]
 """``{"input": {axis: "name"}}``; for nested inputs the same shape of nesting, or flat names
 (``pair_0``). Axes of one name have one size at run time."""
 
+_DYNAMIC_HINT = 'write {"input": {axis: "name"}}'
+
 
 def from_module(
     module: torch.nn.Module,
@@ -158,6 +160,28 @@ def _keys(path: Any) -> list[str]:
 
 def _flat_dynamic(dynamic: Dynamic, leaves: Mapping[str, Any]) -> dict[str, dict[int, str]]:
     """Dynamic axes by leaf name, checked and with non-negative axes."""
+    flat = _by_leaf(dynamic)
+    for name, axes in flat.items():
+        leaf = leaves.get(name)
+        if not isinstance(leaf, torch.Tensor):
+            tensors = [n for n, v in leaves.items() if isinstance(v, torch.Tensor)]
+            raise InputError(
+                f"dynamic names {name!r}, which is no tensor input", did_you_mean(name, tensors)
+            )
+        for axis, symbol in axes.items():
+            if not isinstance(symbol, str):
+                raise InputError(f"dynamic names axis {axis} of {name!r} {symbol!r}", _DYNAMIC_HINT)
+            if not -leaf.ndim <= axis < leaf.ndim:
+                raise InputError(
+                    f"dynamic axis {axis} of {name!r} does not exist: it has {leaf.ndim} dims",
+                    f"its example has the shape {tuple(leaf.shape)}",
+                )
+        flat[name] = {axis % leaf.ndim: symbol for axis, symbol in axes.items()}
+    return flat
+
+
+def _by_leaf(dynamic: Dynamic) -> dict[str, dict[int, str]]:
+    """Dynamic axes by leaf name, as they were given."""
     flat: dict[str, dict[int, str]] = {}
 
     def visit(name: str, value: Any) -> None:
@@ -169,23 +193,13 @@ def _flat_dynamic(dynamic: Dynamic, leaves: Mapping[str, Any]) -> dict[str, dict
         elif isinstance(value, (list, tuple)):
             for index, item in enumerate(value):
                 visit(f"{name}_{index}", item)
+        elif value is not None:
+            raise InputError(f"dynamic gives {name!r} the value {value!r}", _DYNAMIC_HINT)
 
+    if not isinstance(dynamic, Mapping):
+        raise InputError(f"dynamic={dynamic!r} is no dictionary", _DYNAMIC_HINT)
     for name, value in dynamic.items():
         visit(name, value)
-    for name, axes in flat.items():
-        leaf = leaves.get(name)
-        if not isinstance(leaf, torch.Tensor):
-            tensors = [n for n, v in leaves.items() if isinstance(v, torch.Tensor)]
-            raise InputError(
-                f"dynamic names {name!r}, which is no tensor input", did_you_mean(name, tensors)
-            )
-        for axis in axes:
-            if not -leaf.ndim <= axis < leaf.ndim:
-                raise InputError(
-                    f"dynamic axis {axis} of {name!r} does not exist: it has {leaf.ndim} dims",
-                    f"its example has the shape {tuple(leaf.shape)}",
-                )
-        flat[name] = {axis % leaf.ndim: symbol for axis, symbol in axes.items()}
     return flat
 
 

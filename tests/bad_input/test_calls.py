@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +95,56 @@ def test_something_that_is_no_array_is_refused(pair: hal.Bundle, value: Any) -> 
     assert caught.value.hint
 
 
-def test_bad_arguments_of_compile_are_refused(pair: hal.Bundle, tmp_path: Path) -> None:
-    model = files.save_mlp(tmp_path / "mlp.onnx")
-    for options, message in (
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"quantize": "w4a16"}, "quantize='w4a16' is not available in this version"),
         ({"kv_cache": "paged"}, "kv_cache='paged' is not available in this version"),
         ({"target": []}, "no target is given"),
-    ):
-        with pytest.raises(hal.HalError, match=message) as caught:
-            hal.compile(model, **options)
-        assert caught.value.hint
+        ({"target": 5}, "target=5 is neither a name nor a list of names"),
+        ({"target": ["host", None]}, "is neither a name nor a list of names"),
+        ({"output": 5}, "output=5 is not a path"),
+        ({"output": b"x"}, "output=b'x' is not a path"),
+        ({"output": ""}, "output='' cannot be the name of a file"),
+        ({"output": "a\0b"}, r"output='a\\x00b' cannot be the name of a file"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_compile_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = files.save_mlp(tmp_path / "mlp.onnx")
+    with pytest.raises(hal.HalError, match=message) as caught:
+        hal.compile(model, **options)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("dynamic", [5, {"input": 0}, {"input": {0: 7}}], ids=str)
+def test_bad_dynamic_axes_of_a_module_are_refused(dynamic: Any) -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(hal.InputError, match="dynamic") as caught:
+        hal.compile(torch.nn.ReLU(), (torch.ones(2, 3),), dynamic=dynamic)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("path", [None, 5, "", "a\0b"], ids=repr)
+def test_something_that_is_no_path_is_no_bundle(path: Any) -> None:
+    with pytest.raises(hal.InputError, match="path=") as caught:
+        hal.load(path)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("command", ["run", "verify", "bench"])
+def test_an_empty_path_on_the_command_line_is_not_this_folder(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = Case("", hal.InputError, lambda f: f, ("the path is empty",), f"see hal {command}")
+    check_cli(case, [command, ""], capsys)
+    case = dataclasses.replace(case, hint="see hal compile")
+    check_cli(case, ["compile", "m.onnx", "-o", ""], capsys)
+
+
+def test_things_that_are_no_models_are_refused() -> None:
     for thing in (3, None, {"a": 1}, np.zeros(3)):
         with pytest.raises(hal.ModelError, match="cannot load a") as caught:
             hal.compile(thing)
