@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
@@ -68,15 +69,23 @@ class CausalLM(torch.nn.Module):
         with FakeTensorMode(allow_non_fake_inputs=True):
             self._template = _full_length_cache(_run(model, 2, 3))
             self.layout = _layout(model, self._template)
+        self._positioned = "position_ids" in inspect.signature(model.forward).parameters
 
     def forward(self, input_ids: torch.Tensor, past: list[torch.Tensor]) -> tuple[Any, ...]:
         """``input_ids`` int64 [batch, sequence], ``past`` one tensor per cache tensor."""
         cache = _copy(self._template)
         for item, tensor in zip(self.layout, past, strict=True):
             setattr(cache.layers[item.layer], item.attribute, tensor)
-        out = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        positions = {"position_ids": self._positions(input_ids, past)} if self._positioned else {}
+        out = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **positions)
         present = [getattr(cache.layers[i.layer], i.attribute) for i in self.layout]
         return (out.logits, *present)
+
+    def _positions(self, input_ids: torch.Tensor, past: list[torch.Tensor]) -> torch.Tensor:
+        """Positions for each row, so that a target may let rows differ in length."""
+        start = past[0].shape[self.layout[0].growth_axis]
+        batch, length = input_ids.shape
+        return (torch.arange(length, device=input_ids.device) + start).expand(batch, length)
 
 
 def _run(model: transformers.PreTrainedModel, batch: int, length: int, cache: Any = None) -> Any:
