@@ -79,7 +79,7 @@ def gather_nd(op: Op) -> Operand:
 
 
 def one_hot(op: Op) -> Operand:
-    """``OneHot``; the depth must be known or declared."""
+    """``OneHot``; the depth must be known or declared. Out of range, an index has no "on" value."""
     indices, values = op.require(0, NUMBERS), op.input(2)
     depth = op.constant(1)
     axis = op.attribute("axis", -1)
@@ -91,8 +91,9 @@ def one_hot(op: Op) -> Operand:
     dims = [*indices.shape[:axis], count, *indices.shape[axis:]]
 
     def body(where: Any, value: Any, i: Any) -> Any:
-        place = wrapped(where(*i[:axis], *i[axis + 1 :]), count)
-        return tirx.Select(place == i[axis], value[1], value[0])
+        place = where(*i[:axis], *i[axis + 1 :]).astype("int64")
+        hit = tirx.Or(place == i[axis], place + _const(count) == i[axis])
+        return tirx.Select(hit, value[1], value[0])
 
     return op.compute(dims, body, indices, values, dtype=values.dtype)
 

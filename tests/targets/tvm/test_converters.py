@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("tvm")
 
 from hal.errors import UnsupportedError
+from hal.targets.tvm.direct import compile_model
 from tests.targets.tvm.support import compare, model
 
 
@@ -110,3 +111,14 @@ def test_integer_division_truncates(dtype: type) -> None:
     proto = model(f"g ({kind}[4] a, {kind}[4] b) => ({kind}[4] y) {{ y = Div (a, b) }}")
     signs = np.array([7, 7, 9, 100])
     compare(proto, a=signs.astype(dtype), b=np.array([2, 3, 4, 7], dtype))
+
+
+def test_one_hot_of_an_index_out_of_range_has_no_on_value() -> None:
+    proto = model(
+        """g (int64[n] i, float[2] v) => (float[n, 5] y)
+           <int64 depth = {5}> { y = OneHot <axis = 1> (i, depth, v) }"""
+    )
+    values = np.array([1.0, 3.0], np.float32)
+    got = compile_model(proto)({"i": np.array([4, 5, -5, -6, -1]), "v": values})["y"]
+    on = np.argwhere(got == 3.0).tolist()
+    assert on == [[0, 4], [2, 0], [4, 4]]
