@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import sympy
-from onnx.reference import ReferenceEvaluator
 
-from hal.ir import IR_VERSION, OPSET, Graph
+from hal.ir import Graph
 from hal.passes._edit import (
     Editor,
     attribute,
-    is_constant,
     producer,
     rank,
     remove_unused,
     scalar,
-    static_shape,
 )
+from hal.passes._program import Program, program_of
 from hal.passes._symbolic import Shapes, analyse
 from hal.passes.attention import MASKED
 from hal.passes.base import Outcome, Pass
@@ -171,7 +168,7 @@ def _past_symbols(graph: Graph, shapes: Shapes) -> frozenset[Any]:
 def _classify(
     mask: ir.Value, query: Any, past: Any, shapes: Shapes, pasts: frozenset[Any]
 ) -> _Kind | None:
-    program = _program(mask, shapes)
+    program = program_of(mask, shapes)
     if program is None or query.atoms(sympy.Dummy) or past.atoms(sympy.Dummy):
         return None
     kinds: set[_Kind | None] = set()
@@ -227,123 +224,12 @@ def _kind_of(allowed: np.ndarray, query: int, past: int) -> _Kind | None:
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Program:
-    """The computation of a mask from extents: an evaluator, and the extents it reads.
-
-    ``limit`` is the longest table it indexes, ``widest`` the largest constant it compares with.
-    """
-
-    run: ReferenceEvaluator
-    extents: Mapping[str, np.ndarray]
-    symbols: frozenset[Any]
-    shapes: tuple[tuple[Any, ...], ...]
-    limit: int
-    widest: int
-
-
-def _program(mask: ir.Value, shapes: Shapes) -> _Program | None:
-    """Cut out what computes ``mask``; None if it reads data, or constants that we cannot judge."""
-    nodes, extents, constants = list[ir.Node](), dict[str, np.ndarray](), dict[str, ir.Value]()
-    if not _collect(mask, shapes, nodes, extents, constants, set()):
-        return None
-    limit, widest = 2 * REACHES[-1], 0
-    for value in constants.values():
-        tensor = value.const_value
-        if tensor is None or tensor.nbytes > 2**26:
-            return None
-        if tensor.size > 64:
-            limit = min(limit, max(static_shape(tensor)))
-        else:
-            widest = max(widest, _widest(tensor.numpy()))
-    proto = _proto(nodes, extents, constants, mask)
-    symbols = frozenset(
-        s for e in extents.values() for item in e.reshape(-1) for s in item.free_symbols
-    )
-    if any(isinstance(s, sympy.Dummy) for s in symbols):
-        return None
-    written = [abs(int(n)) for e in extents.values() for x in e.reshape(-1) for n in _integers(x)]
-    widest = max([widest, *written])
-    made = tuple(shapes.shape[v] for n in nodes for v in n.outputs if v in shapes.shape)
-    return _Program(ReferenceEvaluator(proto), extents, symbols, made, limit, widest)
-
-
-def _integers(extent: Any) -> Iterable[Any]:
-    """Numbers in an expression; an expression that is one number is a plain constant."""
-    return tuple(extent.atoms(sympy.Integer))
-
-
-def _widest(numbers: np.ndarray) -> int:
-    """The largest constant that could be a window; the ends of the integer range are not."""
-    if numbers.dtype.kind not in "iuf":
-        return 0
-    candidates = np.abs(numbers[(numbers > -(2**31)) & (numbers < 2**31 - 1)].astype(np.float64))
-    if numbers.dtype.kind == "f":
-        candidates = candidates[candidates < -MASKED]
-    return int(candidates.max()) if candidates.size else 0
-
-
-def _collect(
-    value: ir.Value,
-    shapes: Shapes,
-    nodes: list[ir.Node],
-    extents: dict[str, np.ndarray],
-    constants: dict[str, ir.Value],
-    seen: set[ir.Value],
-) -> bool:
-    if value in seen:
-        return True
-    seen.add(value)
-    if is_constant(value):
-        constants[value.name or ""] = value
-        return True
-    node = value.producer()
-    if node is None or node.domain not in ("", "ai.onnx"):
-        return False
-    if value in shapes.elements and value.dtype == ir.DataType.INT64:
-        extents[value.name or ""] = shapes.elements[value]
-        return True
-    if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-           for a in node.attributes.values()):  # fmt: skip
-        return False
-    for source in node.inputs:
-        if source is not None and not _collect(source, shapes, nodes, extents, constants, seen):
-            return False
-    nodes.append(node)
-    return True
-
-
-def _proto(
-    nodes: Sequence[ir.Node],
-    extents: Mapping[str, np.ndarray],
-    constants: Mapping[str, ir.Value],
-    mask: ir.Value,
-) -> onnx.ModelProto:
-    unique = list(dict.fromkeys(nodes))
-    infos = [
-        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.INT64, list(e.shape))
-        for n, e in extents.items()
-    ]
-    weights = []
-    for name, value in constants.items():
-        assert value.const_value is not None
-        proto = ir.serde.serialize_tensor(value.const_value)
-        proto.name = name
-        weights.append(proto)
-    made = onnx.helper.make_empty_tensor_value_info(mask.name or "")
-    body = onnx.helper.make_graph(
-        [ir.serde.serialize_node(n) for n in unique], "mask", infos, [made], weights
-    )
-    opsets = [onnx.helper.make_opsetid("", OPSET)]
-    return onnx.helper.make_model(body, opset_imports=opsets, ir_version=IR_VERSION)
-
-
 LENGTHS = ((1, 1, 0), (1, 5, 0), (2, 3, 4), (1, 1, 7), (3, 6, 33), (1, 90, 0), (1, 17, 300))
 """Batch, sequence and past at which masks are computed; the farthest is added to these."""
 
 
 def _bindings(
-    program: _Program, query: Any, past: Any, pasts: frozenset[Any]
+    program: Program, query: Any, past: Any, pasts: frozenset[Any]
 ) -> list[tuple[int, int, int]]:
     """Lengths to try: within the tables the mask reads, and far enough to see any window.
 
@@ -362,7 +248,7 @@ def _bindings(
     return []
 
 
-def _peak(program: _Program, values: Mapping[Any, int]) -> int:
+def _peak(program: Program, values: Mapping[Any, int]) -> int:
     """Elements of the largest tensor that computing the mask would make."""
     sizes = [1]
     for extents in program.shapes:
@@ -382,19 +268,11 @@ def _bind(
     return values
 
 
-def _allowed(program: _Program, values: Mapping[Any, int]) -> np.ndarray | None:
+def _allowed(program: Program, values: Mapping[Any, int]) -> np.ndarray | None:
     """The mask as booleans, or None if it is neither a boolean nor a 0 / -inf mask."""
-    feeds = {
-        name: np.array([int(e.subs(values)) for e in items.reshape(-1)], dtype=np.int64).reshape(
-            items.shape
-        )
-        for name, items in program.extents.items()
-    }
-    try:
-        (mask,) = program.run.run(None, feeds)
-    except Exception:  # noqa: BLE001 - a table that is too short for these lengths, an op the reference lacks
+    mask = program.evaluate(values)
+    if mask is None:
         return None
-    mask = np.asarray(mask)
     if mask.ndim < 2:
         mask = np.broadcast_to(mask, (1, *mask.shape)) if mask.ndim else mask.reshape(1, 1)
     if mask.dtype == np.bool_:

@@ -17,6 +17,7 @@ import onnx.parser
 import onnx_ir as ir
 
 from hal.errors import GraphError, did_you_mean
+from hal.ir import cache_ops
 from hal.ir.graph import HAL_DOMAIN, OPSET
 
 HAL_OPSET = 1
@@ -141,6 +142,18 @@ HAL_FUNCTIONS: dict[str, HalOp] = {
             {},
             lambda attributes: _GROUPED_MATMUL.format(opset=OPSET),
         ),
+        HalOp(
+            cache_ops.CACHE_WRITE,
+            cache_ops.WRITE_DOC,
+            cache_ops.WRITE_DEFAULTS,
+            cache_ops.write_body,
+        ),
+        HalOp(
+            cache_ops.CACHED_ATTENTION,
+            cache_ops.ATTENTION_DOC,
+            cache_ops.ATTENTION_DEFAULTS,
+            cache_ops.attention_body,
+        ),
     )
 }
 """The ops of the domain by name."""
@@ -179,7 +192,7 @@ def ensure_functions(model: ir.Model) -> None:
     for node in _hal_nodes(model):
         op = HAL_FUNCTIONS.get(node.op_type)
         attributes = dict(op.attributes) if op else {}
-        attributes.update((a.name, a.as_string()) for a in node.attributes.values())
+        attributes.update((a.name, str(a.value)) for a in node.attributes.values())
         key = (node.op_type, tuple(sorted(attributes.items())))
         if key not in seen:
             first = not any(op_type == node.op_type for op_type, _ in seen)

@@ -1,0 +1,84 @@
+"""Bodies of the cache ops against loops in numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx.parser
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from hal.ir import ops
+from tests import cache
+
+
+def run(text: str, feeds: dict[str, Any]) -> np.ndarray:
+    model = ir.serde.deserialize_model(
+        onnx.parser.parse_model(f'<ir_version: 13, opset_import: ["": 24, "hal": 1]> {text}')
+    )
+    ops.ensure_functions(model)
+    for body in model.functions.values():
+        body.opset_imports[""] = 24  # what the runtime has kernels for
+    proto = ir.serde.serialize_model(model)
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})[0]
+
+
+TABLES = "int32[B,N] table, int64[B] lengths"
+
+
+def attention(feeds: dict[str, Any], pool: str = "float", **attributes: Any) -> np.ndarray:
+    settings = ", ".join(f"{k} = {v}" for k, v in attributes.items())
+    bits = attributes.get("bits", 0)
+    tail, more = ("", "")
+    if bits:
+        tail, more = ", ks, vs", ", float[P,H,L,1] ks, float[P,H,L,1] vs"
+    return run(
+        f"g (float[B,Q,S,C] q, {pool}[P,H,L,D] keys, {pool}[P,H,L,E] values, {TABLES}{more})"
+        f" => (float[B,Q,S,V] y) {{ y = hal.CachedAttention <{settings}>"
+        f" (q, keys, values, table, lengths{tail}) }}",
+        feeds,
+    )
+
+
+def test_write_stores_each_position_in_its_page() -> None:
+    p = cache.problem()
+    expected = cache.write(p["keys"], p["k"], p["table"], p["lengths"])
+    actual = run(
+        f"g (float[P,H,L,C] keys, float[B,H,S,C] k, {TABLES}) => (float[P,H,L,C] y)"
+        " { y = hal.CacheWrite (keys, k, table, lengths) }",
+        p,
+    )
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "attributes", [{}, {"window": 3}, {"softcap": 2.0}, {"window": 5, "softcap": 1.5}]
+)
+def test_attention_sees_each_row_s_own_past(attributes: dict[str, Any]) -> None:
+    p = cache.problem()
+    fixed = {k: p[k] for k in ("q", "keys", "values", "table", "lengths")}
+    expected = cache.attend(**fixed, scale=0.25, **attributes)
+    np.testing.assert_allclose(attention(p, scale=0.25, **attributes), expected, atol=1e-5)
+
+
+def test_values_may_be_the_first_channels_of_the_keys() -> None:
+    p = cache.problem(kv_heads=1)
+    fixed = {k: p[k] for k in ("q", "keys", "table", "lengths")}
+    expected = cache.attend(**fixed, values=p["keys"][..., :12], scale=0.25)
+    actual = attention({**p, "values": p["keys"]}, scale=0.25, value_size=12)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(8, "int8"), (4, "uint8")])
+def test_quantized_pools_are_read_with_their_scales(bits: int, dtype: str) -> None:
+    p = cache.problem()
+    keys, ks, float_keys = cache.quantized(p["keys"], bits)
+    values, vs, float_values = cache.quantized(p["values"], bits)
+    fixed = {k: p[k] for k in ("q", "table", "lengths")}
+    expected = cache.attend(**fixed, keys=float_keys, values=float_values, scale=0.25)
+    feeds = {**p, "keys": keys, "values": values, "ks": ks, "vs": vs}
+    actual = attention(feeds, dtype, scale=0.25, bits=bits)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
