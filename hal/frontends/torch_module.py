@@ -7,10 +7,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import re
+import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +261,7 @@ def _capture(
             name: pytree.tree_map_with_path(lambda path, _, n=name: leaf_dims(n, path), value)
             for name, value in bound.items()
         }
-        with torch.no_grad(), torch_translate.quiet():
+        with torch.no_grad(), torch_translate.quiet(), _no_graph_dump():
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
 
     training = module.training
@@ -277,6 +280,20 @@ def _capture(
         raise ExportError(*_explain(module, error)) from None
     finally:
         module.train(training)
+
+
+@contextlib.contextmanager
+def _no_graph_dump() -> Iterator[None]:
+    """Keep from stderr the graph that torch prints when an export fails; nothing else is lost."""
+    said, graph = io.StringIO(), ""
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except Exception as error:
+        graph = f"{getattr(error, 'partial_fx_graph', '')}\n"
+        raise
+    finally:
+        sys.stderr.write(said.getvalue().replace(graph, "") if graph.strip() else said.getvalue())
 
 
 def _refuse_fixed(
@@ -345,8 +362,10 @@ def _explain(module: torch.nn.Module, error: BaseException) -> tuple[str, str]:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's text, 200 characters at most."""
+    """The first line of an error's text (two, if it ends in a colon), 200 characters at most."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].endswith(":"):
+        lines[0] = " ".join(lines[:2])
     return lines[0][:200] if lines else type(error).__name__
 
 
