@@ -60,6 +60,11 @@ def load(model: Any, inputs: Any = None, dynamic: Mapping[str, Any] | None = Non
 
 
 def _load_path(path: Path) -> Loaded:
+    if path.is_dir() and path.suffix in (".onnx", ".pt2") and not (path / "config.json").exists():
+        raise ModelError(
+            f"{path} is a folder, not a {path.suffix} file",
+            f"give the path of the {path.suffix} file",
+        )
     if path.is_dir():
         _need("transformers", "a Hugging Face directory", "hf")
         from hal.frontends import huggingface

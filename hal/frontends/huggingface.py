@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from transformers.models.auto import modeling_auto
@@ -50,14 +51,17 @@ def from_directory(path: str | Path) -> Loaded:
     """Load a directory written by ``save_pretrained`` (config.json + safetensors), in float32.
 
     Raises:
-        ModelError: no or broken config.json, unknown architecture, no, missing or damaged weights.
+        ModelError: no or broken config.json, unknown architecture, no, missing or damaged weights
+            or such that do not fit the config, a damaged tokenizer.
         ExportError: the model cannot be expressed in the IR.
     """
     path = Path(path)
     config = _read_config(path)
+    assets = {name: path / name for name in _ASSETS if (path / name).is_file()}
+    for file in assets.values():
+        _check_asset(file)
     model = _load_weights(path, _architecture(path, config))
     graph = from_pretrained_model(model, image_size=_preprocessor_size(path))
-    assets = {name: path / name for name in _ASSETS if (path / name).is_file()}
     graph.metadata["chat_template"] = _has_chat_template(path)
     return Loaded(graph, assets, str(path))
 
@@ -202,13 +206,31 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ModelError(
             f"{path} has no config.json", "a model directory is what save_pretrained writes"
         )
+    return _read_json(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{file} is not valid JSON: {error}", "save the model again") from None
-    if not isinstance(config, dict):
+    if not isinstance(data, dict):
         raise ModelError(f"{file} is not a JSON object", "save the model again")
-    return config
+    return data
+
+
+def _check_asset(file: Path) -> None:
+    """Notice a damaged file now, not when the bundle is first used."""
+    if file.suffix == ".json":
+        _read_json(file)
+    if file.name == "tokenizer.json":
+        try:
+            tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # noqa: BLE001  a plain Exception is what it raises
+            raise ModelError(
+                f"{file} is not a tokenizer: {torch_module.one_line(error)}",
+                "the file is damaged or of a newer format; fetch it again",
+            ) from None
 
 
 def _architecture(path: Path, config: dict[str, Any]) -> type[transformers.PreTrainedModel]:
@@ -248,18 +270,40 @@ def _load_weights(
         )
     try:
         with _quiet():
+            config = cls.config_class.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # noqa: BLE001  each model checks its configuration its own way
+        raise ModelError(
+            f"{path / 'config.json'} does not configure {cls.__name__}:"
+            f" {torch_module.one_line(error)}",
+            "correct it, or save the model again",
+        ) from None
+    try:
+        with _quiet():
             model, info = cls.from_pretrained(
                 path,
+                config=config,
                 dtype=torch.float32,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told below
             )
     except Exception as error:  # noqa: BLE001  transformers and safetensors raise many types
         raise ModelError(
             f"the weights in {path} cannot be loaded: {torch_module.one_line(error)}",
             "the files are damaged or belong to another config.json; fetch them again",
         ) from None
+    unfit = sorted(info["mismatched_keys"])
+    if unfit:
+        first = ", ".join(
+            f"{name!r} is {list(stored)} in the files and {list(wanted)} by the config"
+            for name, stored, wanted in unfit[:3]
+        )
+        more = f" (and {len(unfit) - 3} more)" if len(unfit) > 3 else ""
+        raise ModelError(
+            f"the weights in {path} do not fit config.json: {first}{more}",
+            "the files belong to another config.json; fetch them again",
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(

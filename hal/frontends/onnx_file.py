@@ -37,6 +37,8 @@ def from_file(path: str | Path) -> Graph:
     # Checked before anything opens the files that the model names.
     for tensor in _external_tensors(proto):
         _check_external(path, tensor)
+    for graph_proto in _graphs(proto):
+        _check_names(path, graph_proto)
     try:
         model = _to_ir(path, proto)
         opset.to_current(model)
@@ -107,7 +109,9 @@ def _to_ir(path: Path, proto: onnx.ModelProto) -> ir.Model:
     try:
         model = ir.serde.deserialize_model(proto)
     except Exception as error:  # noqa: BLE001  anything can be in a file
-        line = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        while error.__cause__ is not None:  # the outer ones only say where the reader was
+            error = error.__cause__
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ModelError(f"the graph is malformed: {line}", "export the model again") from None
     ir.external_data.set_base_dir(model.graph, str(path.parent.resolve()))
     if version is not None and version < 21 and _uses(model, "GroupNormalization"):
@@ -176,6 +180,34 @@ def _external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
         for tensor in of_nodes(function.node):
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 yield tensor
+
+
+def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """The graph and all that are nested in it."""
+    todo = [proto.graph]
+    while todo:
+        graph = todo.pop()
+        yield graph
+        for attribute in (a for node in graph.node for a in node.attribute):
+            todo += [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+
+
+def _check_names(path: Path, graph: onnx.GraphProto) -> None:
+    """Refuse a value that is defined twice in one graph; an input may have a default value."""
+    definitions = [(value.name, "an input") for value in graph.input]
+    given = {value.name for value in graph.input}
+    for index, node in enumerate(graph.node):
+        label = f"node {node.name!r}" if node.name else f"node {index}"
+        definitions += [(name, f"{label} ({node.op_type})") for name in node.output if name]
+    definitions += [(t.name, "an initializer") for t in graph.initializer if t.name not in given]
+    known: dict[str, str] = {}
+    for name, by in definitions:
+        if name in known:
+            raise ModelError(
+                f"{path}: value {name!r} is defined twice: by {known[name]} and by {by}",
+                "names of values must be unique in a graph; export the model again",
+            )
+        known[name] = by
 
 
 def _check_external(path: Path, tensor: onnx.TensorProto) -> None:

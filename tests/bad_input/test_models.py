@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx.parser
 import pytest
 
 import hal
-from tests import files
+from tests import files, models
 from tests.bad_input.cases import Case, cases, check_cli, check_text
 
 
@@ -72,6 +74,29 @@ def broken_weights(folder: Path) -> Path:
     hugging_face(folder, architectures=["LlamaForCausalLM"], vocab_size=16)
     (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
     return folder
+
+
+def saved(*, tokenizer: str | None = None, **config: Any) -> Callable[[Path], Path]:
+    """A small language model whose config is changed after it was saved, and its tokenizer."""
+
+    def make(folder: Path) -> Path:
+        path = models.save("llama", folder, num_hidden_layers=1)
+        changed = json.loads((path / "config.json").read_text()) | config
+        (path / "config.json").write_text(json.dumps(changed))
+        if tokenizer is not None:
+            (path / "tokenizer.json").write_text(tokenizer)
+        return path
+
+    return make
+
+
+def onnx_text(text: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        model = f'<ir_version: 8, opset_import: ["": 17]> g {text}'
+        onnx.save_model(onnx.parser.parse_model(model), folder / "model.onnx")
+        return folder / "model.onnx"
+
+    return make
 
 
 def mystery_op(folder: Path) -> Path:
@@ -188,6 +213,55 @@ MODELS = [
         lambda _: "python:nowhere_to_be_found:f",
         ("cannot import module 'nowhere_to_be_found'",),
         "importable",
+    ),
+    Case(
+        "weights that do not fit the config",
+        hal.ModelError,
+        saved(vocab_size=999),
+        ("do not fit config.json: 'lm_head.weight' is [256, ", "and [999, ", "embed_tokens"),
+        "another config.json",
+    ),
+    Case(
+        "config with a wrong value",
+        hal.ModelError,
+        saved(hidden_size="wide"),
+        ("config.json does not configure LlamaForCausalLM", "hidden_size"),
+        "correct it",
+    ),
+    Case(
+        "damaged tokenizer",
+        hal.ModelError,
+        saved(tokenizer='{"version": "1.0", "trunc'),
+        ("tokenizer.json is not valid JSON",),
+        "again",
+    ),
+    Case(
+        "tokenizer that is none",
+        hal.ModelError,
+        saved(tokenizer='{"version": "1.0"}'),
+        ("tokenizer.json is not a tokenizer",),
+        "again",
+    ),
+    Case(
+        "folder with the name of a file",
+        hal.ModelError,
+        lambda folder: (folder / "m.onnx").mkdir() or folder / "m.onnx",
+        ("m.onnx is a folder, not a .onnx file",),
+        "path of the .onnx file",
+    ),
+    Case(
+        "value defined by two nodes",
+        hal.ModelError,
+        onnx_text("(float[4] x) => (float[4] y) { t = Neg (x) t = Abs (x) y = Neg (t) }"),
+        ("value 't' is defined twice: by node 0 (Neg) and by node 1 (Abs)",),
+        "unique",
+    ),
+    Case(
+        "value defined by an input and a node",
+        hal.ModelError,
+        onnx_text("(float[4] x) => (float[4] y) { x = Neg (x) y = Neg (x) }"),
+        ("value 'x' is defined twice: by an input and by node 0 (Neg)",),
+        "unique",
     ),
     Case("empty path", hal.ModelError, lambda _: "", ("the path of the model is empty",), "pass a"),
     *(
