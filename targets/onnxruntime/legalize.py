@@ -51,6 +51,7 @@ def legalize(graph: Graph) -> Graph:
     fuse.fuse(model)
     model, version = _inline_what_lacks_kernels(model)
     _stamp(model, version)
+    _enter_loops_with_scalars(model)
     used = {node.op_identifier() for node in model.graph.all_nodes()}
     for identifier in [i for i in model.functions if i not in used]:
         del model.functions[identifier]
@@ -210,6 +211,27 @@ def _stamp(model: ir.Model, version: int) -> None:
             casts.around(node, found.match, version)
     model.opset_imports[""] = version
     model.graph.opset_imports[""] = version
+
+
+def _enter_loops_with_scalars(model: ir.Model) -> None:
+    """Make the condition of a ``Loop`` a scalar where its body says that it is one.
+
+    ONNX allows a condition of shape ``[1]`` as well; onnxruntime then refuses the body's type.
+    """
+    for node in list(model.graph.all_nodes()):
+        condition = node.inputs[1] if node.op_type == "Loop" and len(node.inputs) > 1 else None
+        if node.domain or condition is None or not condition.shape:
+            continue
+        wanted = node.attributes["body"].as_graph().inputs[1].shape
+        if wanted is None or len(wanted) != 0:
+            continue
+        scalar = ir.Node("", "Squeeze", [condition])
+        result = scalar.outputs[0]
+        result.name = f"{node.outputs[0].name}/condition"
+        result.type, result.shape = condition.type, wanted
+        assert node.graph is not None
+        node.graph.insert_before(node, scalar)
+        node.replace_input_with(1, result)
 
 
 class _Casts:

@@ -54,6 +54,18 @@ def test_sequences_are_lists(tmp_path: Path) -> None:
     assert np.array_equal(run({"s": items, "i": np.array(1)})["y"], items[1])
 
 
+def test_a_loop_is_entered_with_a_condition_of_one_element(tmp_path: Path) -> None:
+    graph = parse(
+        """g (int64 n, bool[1] go, float[2] x) => (float[2] y) {
+            y = Loop (n, go, x) <body = b (int64 i, bool c, float[2] old)
+                => (bool again, float[2] new) { again = Identity (c) new = Add (old, x) }>
+        }"""
+    )
+    x = np.array([1.0, 2.0], np.float32)
+    given = {"n": np.array(3), "go": np.array([True]), "x": x}
+    assert np.array_equal(executable(graph, tmp_path).run(given)["y"], 4 * x)
+
+
 def test_strings_go_in_and_out(tmp_path: Path) -> None:
     run = executable(
         parse("g (string[n] a, string[n] b) => (string[n] y) { y = StringConcat (a, b) }"), tmp_path
