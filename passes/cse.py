@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+import onnx_ir as ir
 from onnx_ir.passes import common
 
 from hal.ir import Graph
@@ -28,9 +29,15 @@ class CommonSubexpressions(Pass):
         before = graph.node_count()
         shared = _merge_same_tensors(graph)
         common.DeduplicateInitializersPass(size_limit=self.compared)(graph.model)
-        common.CommonSubexpressionEliminationPass()(graph.model)
+        if not any(_holds_type(node) for node in graph.nodes()):
+            common.CommonSubexpressionEliminationPass()(graph.model)
         remove_unused(graph)
         return Outcome(before - graph.node_count() + shared)
+
+
+def _holds_type(node: ir.Node) -> bool:
+    """Whether an attribute is a type (of Optional), which onnx-ir 1.1 cannot compare with others."""
+    return any(a.type == ir.AttributeType.TYPE_PROTO for a in node.attributes.values())
 
 
 def _merge_same_tensors(graph: Graph) -> int:

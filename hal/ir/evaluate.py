@@ -58,7 +58,8 @@ def evaluate(
     try:
         evaluator = onnx.reference.ReferenceEvaluator(proto)
         arrays = {name: _plain(value) for name, value in feeds.items()}
-        return dict(zip(names, evaluator.run(None, arrays), strict=True))
+        found = dict(zip(names, evaluator.run(None, arrays), strict=True))
+        return {v.name: _unwrapped(found[v.name], v.type) for v in proto.graph.output}
     except Exception as error:
         failures.append(f"onnx.reference: {_first_line(error)}")
         raise GraphError(
@@ -139,6 +140,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return as_numpy(value)
+
+
+def _unwrapped(value: Any, kind: onnx.TypeProto) -> Any:
+    """An optional tensor itself, or None; ``onnx.reference`` gives a list of one or of nothing."""
+    if kind.optional_type.elem_type.HasField("tensor_type") and isinstance(value, list):
+        return value[0] if value else None
+    return value
 
 
 def _first_line(error: Exception) -> str:
