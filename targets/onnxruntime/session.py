@@ -103,7 +103,7 @@ def _entry(value: Any) -> str:
 
 
 class OnnxRuntimeExecutable(Executable):
-    """One session. Outputs are views of the runtime's memory."""
+    """One session. Outputs are views of the runtime's memory, and never of an input's."""
 
     def __init__(
         self,
@@ -141,7 +141,11 @@ class OnnxRuntimeExecutable(Executable):
         given = {name: inputs[name] for name in self._inputs if name in inputs}
         if self._plain:
             values = {name: _wrap(name, value) for name, value in given.items()}
-            return {name: from_ort(value) for name, value in self._run(values, {}).items()}
+            callers = {value.data_ptr() for value in values.values()}
+            return {
+                name: from_ort(value).copy() if value.data_ptr() in callers else from_ort(value)
+                for name, value in self._run(values, {}).items()
+            }
         feeds = {name: _plain_feed(value) for name, value in given.items()}
         try:
             results = self.session.run(self._outputs, feeds)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -65,6 +66,36 @@ def test_several_outputs_come_in_the_order_of_the_signature(tmp_path: Path) -> N
         session(a, b, a=a)
     with pytest.raises(hal.InputError, match="3 inputs given, the model takes 2"):
         session(a, b, a)
+
+
+def test_an_output_that_is_an_input_is_a_copy(tmp_path: Path) -> None:
+    ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [3]) for n in "xy"]
+    nodes = [onnx.helper.make_node("Neg", ["x"], ["y"])]
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends)
+    onnx.save_model(onnx.helper.make_model(graph, ir_version=10), tmp_path / "m.onnx")
+    x = np.ones(3, np.float32)
+    with hal.compile(tmp_path / "m.onnx", target=ROUTE).session() as session:
+        same, _ = session(x)
+    x[:] = 9
+    assert same.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("given", [["x"], []], ids=["full", "empty"])
+def test_optional_outputs_are_arrays_or_none(given: list[str], tmp_path: Path) -> None:
+    tensor = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, [3])
+    optional = onnx.helper.make_optional_type_proto(tensor)
+    nodes = [
+        onnx.helper.make_node("Optional", given, ["y"], **({} if given else {"type": tensor})),
+        onnx.helper.make_node("Neg", ["x"], ["z"]),
+    ]
+    ends = [onnx.helper.make_value_info(n, t) for n, t in (("y", optional), ("z", tensor))]
+    inputs = [onnx.helper.make_value_info("x", tensor)]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", inputs, ends), ir_version=10)
+    onnx.save_model(model, tmp_path / "m.onnx")
+    bundle = hal.compile(tmp_path / "m.onnx", target=ROUTE)
+    assert bundle.manifest.builds[ROUTE].verification["passed"]
+    value, _ = bundle.session()(np.ones(3, np.float32))
+    assert value.tolist() == [1, 1, 1] if given else value is None
 
 
 def test_results_do_not_change_under_later_calls(bundle: hal.Bundle) -> None:
