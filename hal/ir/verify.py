@@ -4,7 +4,7 @@ The rules, each a function from graph to complaints:
 
 * values: every name is defined once, before it is used; initializers have a value;
 * ops: every node is an op of the default domain at :data:`hal.ir.OPSET` with inputs and attributes
-  that its schema allows, or an op with a function body in the model, or an op of a foreign domain
+  that its schema allows and one type where it asks for one, or an op with a function body in the model, or an op of a foreign domain
   (which only a target that claims it can run);
 * state: every carried tensor names an input and an output of one dtype and rank, equal in all
   static dims but the growth axis.
@@ -113,6 +113,34 @@ def _ops(graph: Graph) -> Iterator[str]:
         for name, wanted in schema.attributes.items():
             if wanted.required and name not in node.attributes:
                 yield f"{where} lacks the attribute {name!r}"
+        for text in _mixed_types(node, schema):
+            yield f"{where} {text}"
+
+
+def _mixed_types(node: ir.Node, schema: onnx.defs.OpSchema) -> Iterator[str]:
+    """Inputs of different types where the schema gives them one type parameter."""
+    parameters = {constraint.type_param_str for constraint in schema.type_constraints}
+    first: dict[str, ir.Value] = {}
+    for index, value in enumerate(node.inputs):
+        formal = schema.inputs[min(index, len(schema.inputs) - 1)]
+        shared = formal.type_str in parameters and (
+            formal.option != onnx.defs.OpSchema.FormalParameterOption.Variadic
+            or formal.is_homogeneous
+        )
+        if value is None or value.type is None or value.dtype is None or not shared:
+            continue
+        other = first.setdefault(formal.type_str, value)
+        if (type(other.type), other.dtype) != (type(value.type), value.dtype):
+            yield (
+                f"takes inputs of one type, but {other.name!r} is {_type_name(other)}"
+                f" and {value.name!r} is {_type_name(value)}"
+            )
+            return
+
+
+def _type_name(value: ir.Value) -> str:
+    dtype = value.dtype.numpy().name if value.dtype is not None else "unknown"
+    return dtype if isinstance(value.type, ir.TensorType) else f"a {type(value.type).__name__}"
 
 
 def _state(graph: Graph) -> Iterator[str]:
