@@ -13,6 +13,7 @@ anything unexpected        70         ``error: internal: …`` and where to repo
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given, debug = _take_debug(given)
     if not debug:
         warnings.simplefilter("ignore")  # what other libraries deprecate is not the user's matter
+        # Of a bad model it logs what comes as an exception, and is told in our words, as well.
+        logging.getLogger("onnx_ir").setLevel(logging.CRITICAL + 1)
     try:
         return _run(given or ["--help"], debug)
     except BrokenPipeError:

@@ -13,8 +13,9 @@ import onnx.parser
 import pytest
 
 import hal
+from hal.cli import main
 from tests import files, models
-from tests.bad_input.cases import Case, cases, check_cli, check_text
+from tests.bad_input.cases import ROUTE, Case, cases, check_cli, check_text
 
 
 def text_file(folder: Path) -> Path:
@@ -256,6 +257,17 @@ MODELS = [
         ("value 't' is defined twice: by node 0 (Neg) and by node 1 (Abs)",),
         "unique",
     ),
+    *(
+        Case(
+            f"mixed dtypes on {target}",
+            hal.GraphError,
+            onnx_text("(float[2,2] a, double[2,2] b) => (float[2,2] y) { y = MatMul (a, b) }"),
+            ("(MatMul) takes inputs of one type, but 'a' is float32 and 'b' is float64",),
+            "not valid ONNX",
+            target,
+        )
+        for target in (ROUTE, "host:tvm")
+    ),
     Case(
         "value defined by an input and a node",
         hal.ModelError,
@@ -336,3 +348,10 @@ def test_a_bad_model_is_refused_on_the_command_line(
     output = str(tmp_path / "out" / "m.hal")
     check_cli(case, ["compile", str(model), "-o", output, "--target", case.target], capsys)
     assert files.listing(tmp_path) == before
+
+
+def test_libraries_add_no_lines_of_their_own_on_the_command_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(["compile", str(invalid_graph(tmp_path)), "-o", str(tmp_path / "m.hal")]) == 2
+    assert not caplog.records
