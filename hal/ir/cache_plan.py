@@ -1,0 +1,105 @@
+"""How a build carries its growing state: which pools there are, and the inputs that describe them.
+
+The plan is written by the lowering (:mod:`hal.passes.cache_layout`), kept in the build's record,
+and read by the session's store. Extents: ``pages`` and ``page`` of a group are chosen at run time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+PAST = "hal.past"
+"""Input int64 [batch]: tokens that each row has seen."""
+
+LAYOUTS = ("contiguous", "paged")
+"""One page per row that grows with it, or pages of fixed size from a common pool."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheGroup:
+    """Pools whose rows hold the same positions.
+
+    ``window`` is how far back any query of the group looks, 0 for all of the past. ``lengths`` and
+    ``table`` are input names: int64 [batch] positions held, int32 [batch, blocks] block table.
+    """
+
+    name: str
+    window: int
+    lengths: str
+    table: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CachePool:
+    """The pool ``[pages, heads, page, channels]`` of one state.
+
+    ``bits`` is 0 for the state's own float32, else 8 or 4: codes of that width, with scales
+    ``[pages, heads, page, 1]`` in a second pool. ``channels`` counts numbers, not stored bytes.
+    """
+
+    state: str
+    group: str
+    heads: int
+    channels: int
+    bits: int
+    input: str
+    output: str
+
+    @property
+    def dtype(self) -> str:
+        """NumPy name of what is stored."""
+        return {0: "float32", 8: "int8", 4: "uint8"}[self.bits]
+
+    @property
+    def stored_channels(self) -> int:
+        """Last extent of the pool."""
+        return self.channels // 2 if self.bits == 4 else self.channels
+
+    @property
+    def scale_input(self) -> str:
+        """Input that holds the scales (only if ``bits``)."""
+        return f"{self.input}.scale"
+
+    @property
+    def scale_output(self) -> str:
+        """Output that holds the scales (only if ``bits``)."""
+        return f"{self.output}.scale"
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one position takes."""
+        item = {0: 4.0, 8: 1.0, 4: 0.5}[self.bits]
+        return int(self.heads * (self.channels * item + (4 if self.bits else 0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class CachePlan:
+    """All pools of a build. ``ragged``: rows of a batch may differ in length."""
+
+    layout: str
+    bits: int
+    ragged: bool
+    groups: tuple[CacheGroup, ...]
+    pools: tuple[CachePool, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready; inverse of :meth:`from_json`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CachePlan:
+        """From :meth:`to_json`'s dictionary."""
+        return cls(
+            data["layout"],
+            data["bits"],
+            data["ragged"],
+            tuple(CacheGroup(**g) for g in data["groups"]),
+            tuple(CachePool(**p) for p in data["pools"]),
+        )
+
+    def token_bytes(self) -> int:
+        """Bytes of cache that one more token takes in layers that keep everything."""
+        full = {g.name for g in self.groups if not g.window}
+        return sum(p.token_bytes for p in self.pools if p.group in full)

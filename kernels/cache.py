@@ -1,0 +1,366 @@
+"""The cache of attention in pages: writing new positions, and attending over a row's pages.
+
+A pool is ``[pages, heads, page, channels]``; row ``b`` has position ``p`` in page
+``table[b, p // page]`` at slot ``p % page``. Attention walks a row's pages once, a block of positions
+at a time, for a tile of query heads that share keys; a running maximum makes one pass enough. Keys
+and values of 8 or 4 bits are widened in registers, so what crosses the bus is what is stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from tvm import tirx
+from tvm.script import tirx as T  # noqa: N812
+
+from hal.kernels.moe import vector_lanes
+
+BLOCK = 32
+"""Positions that are scored before their values are read."""
+
+TILE = 8
+"""Most query heads that share one reading of the keys."""
+
+_LOWEST = -3e38
+_LOG2E, _LN2_HIGH, _LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
+# Cephes' expf: degree 5 on [-ln2/2, ln2/2], relative error below 2e-7.
+_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
+
+DTYPES = {0: "float32", 8: "int8", 4: "uint8"}
+"""What a pool stores for each width of code (0: the numbers themselves)."""
+
+
+@functools.lru_cache(maxsize=64)
+def write(heads: int, channels: int, dtype: str) -> Any:
+    """``pool[table[b, p // page], h, p % page, :] = update[b, h, s, :]``, ``p = lengths[b] + s``.
+
+    ``pool [P, heads, page, channels]`` is changed in place; ``update [B, heads, S, channels]``,
+    ``table`` int32 ``[B, N]``, ``lengths`` int64 ``[B]``.
+    """
+
+    @T.prim_func(s_tir=True)
+    def cache_write(  # type: ignore[no-untyped-def]
+        pool_data: T.handle, update_data: T.handle, table_data: T.handle, lengths_data: T.handle
+    ):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8})
+        pages = T.int64()
+        page = T.int64()
+        batch = T.int64()
+        new = T.int64()
+        blocks = T.int64()
+        pool = T.match_buffer(pool_data, (pages, heads, page, channels), dtype)
+        update = T.match_buffer(update_data, (batch, heads, new, channels), dtype)
+        table = T.match_buffer(table_data, (batch, blocks), "int32")
+        lengths = T.match_buffer(lengths_data, (batch,), "int64")
+        with T.sblock("root"):
+            T.reads(update[0:batch, 0:heads, 0:new, 0:channels], table[0:batch, 0:blocks])
+            T.writes(pool[0:pages, 0:heads, 0:page, 0:channels])
+            for b in T.serial(batch):
+                for s in T.serial(new):
+                    for h in T.serial(heads):
+                        for c in T.vectorized(channels):
+                            pool[
+                                T.Cast("int64", table[b, (lengths[b] + s) // page]),
+                                h,
+                                (lengths[b] + s) % page,
+                                c,
+                            ] = update[b, h, s, c]
+
+    return cache_write
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """What an attention kernel is made for.
+
+    ``value_channels`` of the output; ``shared``: values are the first channels of the keys;
+    ``bits``: 0, 8 or 4; ``window``: positions that a query sees, 0 for all.
+    """
+
+    heads: int
+    kv_heads: int
+    channels: int
+    value_channels: int
+    scale: float
+    softcap: float = 0.0
+    window: int = 0
+    bits: int = 0
+    shared: bool = False
+    lanes: int = 8
+    cores: int = 1
+
+    @property
+    def tile(self) -> int:
+        """Query heads in a task: all that share keys, unless cores would have nothing to do."""
+        group = self.heads // self.kv_heads
+        fits = [n for n in range(1, TILE + 1) if group % n == 0]
+        busy = [n for n in fits if self.heads // n >= self.cores]
+        return max(busy or [1])
+
+
+def _sum(x: Any, lanes: int) -> Any:
+    """Sum over the lanes of a vector, by halves."""
+    return _by_halves(x, lanes, lambda a, b: a + b)
+
+
+def _peak(x: Any, lanes: int) -> Any:
+    return _by_halves(x, lanes, T.max)
+
+
+def _by_halves(x: Any, lanes: int, combine: Any) -> Any:
+    while lanes > 1:
+        lanes //= 2
+        low = tirx.Shuffle([x], [tirx.const(i, "int32") for i in range(lanes)])
+        high = tirx.Shuffle([x], [tirx.const(i + lanes, "int32") for i in range(lanes)])
+        x = combine(low, high)
+    return x
+
+
+def _spread(number: float, lanes: int) -> Any:
+    return T.broadcast(T.float32(number), lanes) if lanes > 1 else T.float32(number)
+
+
+def _polynomial(f: Any, lanes: int) -> Any:
+    total = _spread(_EXP[0], lanes)
+    for coefficient in _EXP[1:]:
+        total = total * f + _spread(coefficient, lanes)
+    return total * f * f + f + _spread(1.0, lanes)
+
+
+def _power_of_two(n: Any, lanes: int) -> Any:
+    kind = f"int32x{lanes}" if lanes > 1 else "int32"
+    bits = (T.Cast(kind, n) + _ints(127, lanes)) * _ints(1 << 23, lanes)
+    return T.reinterpret(f"float32x{lanes}" if lanes > 1 else "float32", bits)
+
+
+def _ints(number: int, lanes: int) -> Any:
+    return T.broadcast(T.int32(number), lanes) if lanes > 1 else T.int32(number)
+
+
+def _wide(codes: Any, lanes: int, bits: int, *, high: bool = False) -> Any:
+    """Stored codes as float32."""
+    kind = f"x{lanes}" if lanes > 1 else ""
+    if bits == 0:
+        return codes
+    if bits == 8:
+        return T.Cast(f"float32{kind}", codes)
+    whole = T.Cast(f"int32{kind}", codes)
+    part = T.shift_right(whole, _ints(4, lanes)) if high else T.bitwise_and(whole, _ints(15, lanes))
+    return T.Cast(f"float32{kind}", part) - _spread(8.0, lanes)
+
+
+@functools.lru_cache(maxsize=64)
+def attention(a: Attention) -> Any:  # noqa: C901 - kernel text
+    """Causal attention of the newest positions over pages; see ``hal::CachedAttention``.
+
+    ``(q, keys, values, table, lengths, key_scales, value_scales, out)``: ``q [B, heads, S,
+    channels]``, ``out [B, heads, S, value_channels]`` float32. Pools that are not used (values when
+    ``shared``, scales when ``bits`` is 0) are given as any pool of float32 with one channel or the
+    keys; they are not read.
+    """
+    bits, tile, group = a.bits, a.tile, a.heads // a.kv_heads
+    halves = 2 if bits == 4 else 1
+    stored, stored_values = a.channels // halves, a.value_channels // halves
+    value_width = stored if a.shared else stored_values
+    v = vector_lanes(stored, a.lanes)
+    w = vector_lanes(stored_values, a.lanes)
+    steps, value_steps = stored // v, stored_values // w
+    e = vector_lanes(BLOCK, a.lanes)
+    tiles = group // tile
+    heads, kv_heads, window, softcap, scale = a.heads, a.kv_heads, a.window, a.softcap, a.scale
+    dtype = DTYPES[bits]
+    windowed, capped, coded, packed = window > 0, softcap > 0, bits > 0, bits == 4
+    kind, value_kind = (f"float32x{n}" if n > 1 else "float32" for n in (v, w))
+    exp_kind = f"float32x{e}" if e > 1 else "float32"
+
+    @T.prim_func(s_tir=True)
+    def cached_attention(  # type: ignore[no-untyped-def]  # noqa: C901
+        q_data: T.handle,
+        keys_data: T.handle,
+        values_data: T.handle,
+        table_data: T.handle,
+        lengths_data: T.handle,
+        key_scales_data: T.handle,
+        value_scales_data: T.handle,
+        out_data: T.handle,
+    ):
+        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8})
+        batch = T.int64()
+        new = T.int64()
+        pages = T.int64()
+        page = T.int64()
+        blocks = T.int64()
+        scale_heads = T.int64()
+        scale_page = T.int64()
+        scale_pages = T.int64()
+        scale_width = T.int64()
+        q = T.match_buffer(q_data, (batch, heads, new, a.channels), "float32")
+        keys = T.match_buffer(keys_data, (pages, kv_heads, page, stored), dtype)
+        values = T.match_buffer(values_data, (pages, kv_heads, page, value_width), dtype)
+        table = T.match_buffer(table_data, (batch, blocks), "int32")
+        lengths = T.match_buffer(lengths_data, (batch,), "int64")
+        key_scales = T.match_buffer(
+            key_scales_data, (scale_pages, scale_heads, scale_page, scale_width), "float32"
+        )
+        value_scales = T.match_buffer(
+            value_scales_data, (scale_pages, scale_heads, scale_page, scale_width), "float32"
+        )
+        out = T.match_buffer(out_data, (batch, heads, new, a.value_channels), "float32")
+        with T.sblock("root"):
+            T.reads(q[0:batch, 0:heads, 0:new, 0 : a.channels])
+            T.writes(out[0:batch, 0:heads, 0:new, 0 : a.value_channels])
+            for task in T.parallel(batch * T.int64(kv_heads * tiles) * new):
+                b: T.int64 = task // (T.int64(kv_heads * tiles) * new)
+                kv: T.int64 = task // (T.int64(tiles) * new) % kv_heads
+                first: T.int64 = kv * group + task // new % tiles * tile
+                s: T.int64 = task % new
+                last: T.int64 = lengths[b] + s
+                oldest: T.int64 = (
+                    T.max(last - T.int64(window - 1), T.int64(0)) if windowed else T.int64(0)
+                )
+                scores = T.alloc_buffer((tile * BLOCK,), "float32", scope="global")
+                sums = T.alloc_buffer((tile * a.value_channels,), "float32", scope="global")
+                peaks = T.alloc_buffer((tile,), "float32", scope="global")
+                totals = T.alloc_buffer((tile,), "float32", scope="global")
+                dots = T.alloc_buffer((tile,), kind, scope="local")
+                parts = T.alloc_buffer((tile * halves,), value_kind, scope="local")
+                x = T.alloc_buffer((1,), exp_kind, scope="local")
+                n2 = T.alloc_buffer((1,), exp_kind, scope="local")
+                best = T.alloc_buffer((1,), exp_kind, scope="local")
+                added = T.alloc_buffer((1,), exp_kind, scope="local")
+                for g in T.serial(tile):
+                    peaks[g] = T.float32(_LOWEST)
+                    totals[g] = T.float32(0)
+                for i in T.serial(tile * a.value_channels):
+                    sums[i] = T.float32(0)
+                for n in T.serial(oldest // page, last // page + 1):
+                    at: T.int64 = T.Cast("int64", table[b, n])
+                    for k in T.serial((page + T.int64(BLOCK - 1)) // BLOCK):
+                        lo: T.int64 = T.max(k * BLOCK, oldest - n * page)
+                        hi: T.int64 = T.min(
+                            T.min(k * BLOCK + BLOCK, page), last + T.int64(1) - n * page
+                        )
+                        if lo < hi:
+                            for j in T.serial(hi - lo):
+                                for g in T.unroll(tile):
+                                    dots[g] = _spread(0.0, v)
+                                for i in T.serial(steps):
+                                    for g in T.unroll(tile):
+                                        dots[g] = dots[g] + q[
+                                            b, first + g, s, T.ramp(i * v, 1, v)
+                                        ] * _wide(
+                                            keys[at, kv, lo + j, T.ramp(i * v, 1, v)], v, bits
+                                        )
+                                    if packed:
+                                        for g in T.unroll(tile):
+                                            dots[g] = dots[g] + q[
+                                                b, first + g, s, T.ramp(stored + i * v, 1, v)
+                                            ] * _wide(
+                                                keys[at, kv, lo + j, T.ramp(i * v, 1, v)],
+                                                v,
+                                                bits,
+                                                high=True,
+                                            )
+                                for g in T.unroll(tile):
+                                    scores[g * BLOCK + j] = _sum(dots[g], v) * T.float32(scale)
+                            if coded:
+                                for j in T.serial(hi - lo):
+                                    for g in T.unroll(tile):
+                                        scores[g * BLOCK + j] = (
+                                            scores[g * BLOCK + j] * key_scales[at, kv, lo + j, 0]
+                                        )
+                            if capped:
+                                for j in T.serial(hi - lo):
+                                    for g in T.unroll(tile):
+                                        scores[g * BLOCK + j] = T.tanh(
+                                            scores[g * BLOCK + j] * T.float32(1.0 / softcap)
+                                        ) * T.float32(softcap)
+                            for j in T.serial(hi - lo, T.int64(BLOCK)):
+                                for g in T.unroll(tile):
+                                    scores[g * BLOCK + j] = T.float32(_LOWEST)
+                            for g in T.serial(tile):
+                                best[0] = scores[T.ramp(g * BLOCK, 1, e)]
+                                for i in T.unroll(1, BLOCK // e):
+                                    best[0] = T.max(
+                                        best[0], scores[T.ramp(g * BLOCK + i * e, 1, e)]
+                                    )
+                                top: T.float32 = T.max(peaks[g], _peak(best[0], e))
+                                shrink: T.float32 = T.exp(peaks[g] - top)
+                                peaks[g] = top
+                                added[0] = _spread(0.0, e)
+                                for i in T.unroll(BLOCK // e):
+                                    x[0] = T.max(
+                                        scores[T.ramp(g * BLOCK + i * e, 1, e)]
+                                        - T.broadcast(top, e),
+                                        _spread(-87.0, e),
+                                    )
+                                    n2[0] = T.floor(x[0] * _spread(_LOG2E, e) + _spread(0.5, e))
+                                    x[0] = (
+                                        x[0]
+                                        - n2[0] * _spread(_LN2_HIGH, e)
+                                        - n2[0] * _spread(_LN2_LOW, e)
+                                    )
+                                    x[0] = _polynomial(x[0], e) * _power_of_two(n2[0], e)
+                                    scores[T.ramp(g * BLOCK + i * e, 1, e)] = x[0]
+                                    added[0] = added[0] + x[0]
+                                totals[g] = totals[g] * shrink + _sum(added[0], e)
+                                if shrink != T.float32(1):
+                                    for c in T.serial(a.value_channels // w):
+                                        sums[T.ramp(g * a.value_channels + c * w, 1, w)] = sums[
+                                            T.ramp(g * a.value_channels + c * w, 1, w)
+                                        ] * T.broadcast(shrink, w)
+                            if coded:
+                                for j in T.serial(hi - lo):
+                                    for g in T.unroll(tile):
+                                        scores[g * BLOCK + j] = (
+                                            scores[g * BLOCK + j] * value_scales[at, kv, lo + j, 0]
+                                        )
+                            for i in T.serial(value_steps):
+                                for g in T.unroll(tile):
+                                    for h in T.unroll(halves):
+                                        parts[g * halves + h] = sums[
+                                            T.ramp(
+                                                g * a.value_channels + h * stored_values + i * w,
+                                                1,
+                                                w,
+                                            )
+                                        ]
+                                for j in T.serial(hi - lo):
+                                    for g in T.unroll(tile):
+                                        parts[g * halves] = parts[g * halves] + T.broadcast(
+                                            scores[g * BLOCK + j], w
+                                        ) * _wide(
+                                            (keys if a.shared else values)[
+                                                at, kv, lo + j, T.ramp(i * w, 1, w)
+                                            ],
+                                            w,
+                                            bits,
+                                        )
+                                    if packed:
+                                        for g in T.unroll(tile):
+                                            parts[g * halves + 1] = parts[
+                                                g * halves + 1
+                                            ] + T.broadcast(scores[g * BLOCK + j], w) * _wide(
+                                                values[at, kv, lo + j, T.ramp(i * w, 1, w)],
+                                                w,
+                                                bits,
+                                                high=True,
+                                            )
+                                for g in T.unroll(tile):
+                                    for h in T.unroll(halves):
+                                        sums[
+                                            T.ramp(
+                                                g * a.value_channels + h * stored_values + i * w,
+                                                1,
+                                                w,
+                                            )
+                                        ] = parts[g * halves + h]
+                for g in T.serial(tile):
+                    for c in T.serial(a.value_channels // w):
+                        out[b, first + g, s, T.ramp(c * w, 1, w)] = sums[
+                            T.ramp(g * a.value_channels + c * w, 1, w)
+                        ] * T.broadcast(T.float32(1) / totals[g], w)
+
+    return cached_attention

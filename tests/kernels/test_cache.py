@@ -1,0 +1,83 @@
+"""The cache kernels against loops in numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import cache
+
+tvm = pytest.importorskip("tvm")
+
+from hal.kernels import cache as kernels  # noqa: E402
+
+TARGET = {"kind": "llvm"}
+
+
+def compiled(function: Any) -> Any:
+    return tvm.compile(tvm.IRModule({"main": function}), target=tvm.target.Target(TARGET))["main"]
+
+
+def device(array: np.ndarray) -> Any:
+    return tvm.runtime.tensor(np.ascontiguousarray(array))
+
+
+def attend(p: dict[str, np.ndarray], shape: tuple[int, ...], **settings: Any) -> np.ndarray:
+    scales = p.get("ks", np.zeros((1, 1, 1, 1), np.float32))
+    out = device(np.zeros(shape, np.float32))
+    spec = kernels.Attention(heads=4, channels=16, scale=0.25, **settings)
+    arguments = [p["q"], p["keys"], p["values"], p["table"], p["lengths"]]
+    arguments += [scales, p.get("vs", scales)]
+    compiled(kernels.attention(spec))(*map(device, arguments), out)
+    return out.numpy()
+
+
+@pytest.mark.parametrize("new", [1, 3])
+def test_write_stores_each_position_in_its_page(new: int) -> None:
+    p = cache.problem(new=new)
+    pool = device(p["keys"])
+    run = compiled(kernels.write(2, 16, "float32"))
+    run(pool, device(p["k"]), device(p["table"]), device(p["lengths"]))
+    expected = cache.write(p["keys"], p["k"], p["table"], p["lengths"])
+    np.testing.assert_array_equal(pool.numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("page", "settings"),
+    [
+        (4, {}),
+        (40, {"lanes": 16, "cores": 4}),
+        (100, {"window": 37}),
+        (4, {"window": 5, "softcap": 1.5}),
+    ],
+)
+def test_attention_sees_each_row_s_own_past(page: int, settings: dict[str, Any]) -> None:
+    p = cache.problem(page=page)
+    fixed = {k: p[k] for k in ("q", "keys", "values", "table", "lengths")}
+    limits = {k: v for k, v in settings.items() if k in ("window", "softcap")}
+    expected = cache.attend(**fixed, scale=0.25, **limits)
+    actual = attend(p, expected.shape, kv_heads=2, value_channels=16, **settings)
+    np.testing.assert_allclose(actual, expected, atol=2e-6)
+
+
+def test_values_may_be_the_first_channels_of_the_keys() -> None:
+    p = cache.problem(kv_heads=1)
+    fixed = {k: p[k] for k in ("q", "keys", "table", "lengths")}
+    expected = cache.attend(**fixed, values=p["keys"][..., :12], scale=0.25)
+    p["values"] = p["keys"]
+    actual = attend(p, expected.shape, kv_heads=1, value_channels=12, shared=True)
+    np.testing.assert_allclose(actual, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("page", [4, 40])
+def test_quantized_pools_are_widened_on_the_way(bits: int, page: int) -> None:
+    p = cache.problem(page=page)
+    fixed = {k: p[k] for k in ("q", "table", "lengths")}
+    p["keys"], p["ks"], keys = cache.quantized(p["keys"], bits)
+    p["values"], p["vs"], values = cache.quantized(p["values"], bits)
+    expected = cache.attend(**fixed, keys=keys, values=values, scale=0.25)
+    actual = attend(p, expected.shape, kv_heads=2, value_channels=16, bits=bits)
+    np.testing.assert_allclose(actual, expected, atol=2e-6)
