@@ -6,6 +6,7 @@ from hal.descriptor import Descriptor
 from hal.passes.assemble import Assemble
 from hal.passes.attention import FuseAttention
 from hal.passes.base import Pipeline
+from hal.passes.causal_conv import FuseCausalConv
 from hal.passes.causal_mask import CausalMask
 from hal.passes.conv import FoldConv
 from hal.passes.cse import CommonSubexpressions
@@ -46,6 +47,7 @@ def fusions() -> Pipeline:
             Assemble(),
             CanonicalMatMul(),
             FoldConv(),
+            FuseCausalConv(),
             FuseLayerNorm(),
             FuseRmsNorm(),
             FuseGelu(),

@@ -27,6 +27,7 @@ from hal.errors import ExportError, ModelError, did_you_mean
 from hal.frontends import torch_module
 from hal.frontends.causal_lm import CausalLM
 from hal.frontends.experts import fused_experts
+from hal.frontends.recurrence import fused_recurrences
 from hal.frontends.source import Loaded
 from hal.ir import Graph
 
@@ -99,11 +100,11 @@ def from_pretrained_model(
 
 
 def _causal_lm(model: transformers.PreTrainedModel) -> Graph:
-    with _quiet(), fused_experts(model):
+    with _quiet(), fused_experts(model), fused_recurrences(model):
         module = CausalLM(model)
         states = [item.state() for item in module.layout]
         past = [item.example(2, 4) for item in module.layout]
-        axes = [{i.batch_axis: "batch", i.growth_axis: "past"} for i in module.layout]
+        axes = [item.axes for item in module.layout]
         graph = torch_module.from_module(
             module,
             (torch.ones(2, 3, dtype=torch.int64), past),

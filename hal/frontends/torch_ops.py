@@ -13,6 +13,7 @@ import onnx.defs
 import onnxscript.values
 import torch
 
+from hal.frontends import recurrent_ops
 from hal.ir import HAL_DOMAIN
 from hal.ir.ops import HAL_OPSET
 
@@ -110,6 +111,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.hal.mixture_of_experts.default: _onnx_mixture_of_experts,
         torch.ops.aten._grouped_mm.default: _onnx_aten_grouped_mm,
+        **recurrent_ops.TRANSLATIONS,
     }
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
     if fallback is not None:

@@ -21,7 +21,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from hal.errors import ExportError
-from hal.frontends import complex_pairs, opset, torch_ops
+from hal.frontends import complex_pairs, opset, recurrent_ops, torch_ops
 from hal.ir import Graph
 from hal.ir.ops import ensure_functions
 
@@ -85,6 +85,7 @@ def graph_from_program(
     _rename(model.graph.outputs, output_names or _output_names(program))
     _clean_metadata(model)
     opset.to_current(model)
+    recurrent_ops.as_standard_ops(model)
     ensure_functions(model)
     model.graph.name = name
     return Graph(model, (), {"task": "generic"})

@@ -1,6 +1,7 @@
 """Ops of ONNX Runtime's own domain that pay: ``QuickGelu`` for ``Swish`` and ``SwiGLU``, ``MoE``.
 
-The runtime fuses most things itself; these rewrites cover what it does not see.
+The runtime fuses most things itself; these rewrites cover what it does not see. It has kernels for
+the recurrent ops of ONNX too, under its own domain.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ def fuse(model: ir.Model) -> ir.Model:
     for node in list(model.graph.all_nodes()):
         if node.domain == "" and node.op_type in ("Swish", "SwiGLU"):
             changed |= _swish(node)
+        elif node.domain == "" and node.op_type in ("LinearAttention", "CausalConvWithState"):
+            changed |= _recurrent(node)
         elif node.domain == "" and node.op_type == "Range":
             _scalar_limits(node)
     if changed:
@@ -37,6 +40,14 @@ def _scalar_limits(node: ir.Node) -> None:
         scalar.outputs[0].type, scalar.outputs[0].shape = value.type, ir.Shape([])
         node.graph.insert_before(node, [empty, scalar])
         node.replace_input_with(index, scalar.outputs[0])
+
+
+def _recurrent(node: ir.Node) -> bool:
+    """The runtime's own op of the same name, inputs, attributes and meaning, for float32."""
+    if any(v is not None and v.dtype is not ir.DataType.FLOAT for v in node.inputs):
+        return False
+    node.domain = CONTRIB
+    return True
 
 
 def _swish(node: ir.Node) -> bool:

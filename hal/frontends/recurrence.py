@@ -1,0 +1,157 @@
+"""Recurrences over the sequence as one operator each, through the kernels' public functions.
+
+Modelling code calls what the kernel libraries (flash-linear-attention, causal-conv1d) call
+``chunk_gated_delta_rule`` or ``causal_conv1d_fn``. While :func:`fused_recurrences` is active, those
+functions are ours: operators that hold for every length, where the libraries' are written for one
+device, and transformers' own substitutes unroll to the length they are traced with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers.activations import ACT2FN
+
+from hal.errors import ExportError
+from hal.frontends import recurrent_ops
+
+__all__ = ["fused_recurrences"]
+
+_EPSILON = 1e-6  # of the libraries' normalization of queries and keys
+
+
+def _no_packing(name: str, *markers: Any) -> None:
+    if any(marker is not None for marker in markers):
+        raise ExportError(
+            f"the model calls {name} on several sequences packed into one",
+            "export it for one sequence in each row of the batch",
+        )
+
+
+def _normalized(x: torch.Tensor) -> torch.Tensor:
+    """Vectors of length 1: ``x / sqrt(sum(x^2) + epsilon)`` said as an RMS normalization."""
+    size = x.shape[-1]
+    weight = x.new_full((size,), size**-0.5)
+    return torch.nn.functional.rms_norm(x, (size,), weight, _EPSILON / size)
+
+
+def _delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Any = None,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``q``, ``k`` ``[B, S, H', K]``; ``v [B, S, H, V]``, H a multiple of H'; ``beta [B, S, H]``.
+
+    The decay's logarithm ``g`` is ``[B, S, H]``, or ``[B, S, H, K]`` if each key channel has its
+    own. Returns ``[B, S, H, V]`` and the state ``[B, H, K, V]`` after the last token.
+    """
+    _no_packing("a delta rule", cu_seqlens)
+    batch, length, heads, width = v.shape
+    size, dtype = q.shape[-1], q.dtype
+    q, k, v, g, beta = (x.to(torch.float32) for x in (q, k, v, g, beta))
+    if use_qk_l2norm_in_kernel:
+        q, k = _normalized(q), _normalized(k)
+    if q.shape[2] != heads:  # each of them serves several value heads that follow each other
+        q, k = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k))
+    if initial_state is None:
+        initial_state = q.new_zeros(batch, heads, size, width)
+    y, state = recurrent_ops.linear_attention(
+        *(x.reshape(batch, length, -1) for x in (q, k, v)),
+        initial_state.to(torch.float32),
+        g.reshape(batch, length, -1),
+        beta,
+        heads,
+        size**-0.5 if scale is None else scale,
+        "gated_delta",
+    )
+    y = y.reshape(batch, length, heads, width).to(dtype)
+    return y, state if output_final_state else None
+
+
+def _causal_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    seq_idx: Any = None,
+    initial_states: torch.Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Any = None,
+    activation: str | None = None,
+    cu_seqlens: Any = None,
+    **_: Any,
+) -> Any:
+    """``x [B, C, S]`` by ``weight [C, k]``, each channel by itself, looking back only."""
+    _no_packing("a causal convolution", seq_idx, cu_seqlens, final_states_out)
+    fused = "silu" if activation in ("silu", "swish") else "none"
+    y, state = recurrent_ops.causal_conv_with_state(
+        x.to(weight.dtype), weight.unsqueeze(1), bias, initial_states, fused
+    )
+    if activation is not None and fused == "none":
+        y = ACT2FN[activation](y)
+    y = y.to(x.dtype)
+    return (y, state) if return_final_states else y
+
+
+_OURS: dict[str, Callable[..., Any]] = {
+    "chunk_gated_delta_rule": _delta_rule,
+    "fused_recurrent_gated_delta_rule": _delta_rule,
+    "causal_conv1d_fn": _causal_conv,
+}
+"""Ours, by the libraries' names. ``causal_conv1d_update`` writes into its argument and is called
+for one token only, in a branch that a graph for all lengths does not take."""
+
+
+def _public_name(function: Any) -> str | None:
+    """The library's name of a function, also if transformers has put a substitute in its place."""
+    while inspect.isfunction(function):
+        if function.__name__ in _OURS:
+            return function.__name__
+        names = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        if "func_name" in names and "package" in names:  # transformers' choice between the two
+            name = names["func_name"].cell_contents
+            return name if name in _OURS else None
+        function = getattr(function, "__wrapped__", None)
+    return None
+
+
+def _namespaces(model: torch.nn.Module) -> Iterator[dict[str, Any]]:
+    """Where modelling code may have such a function: globals of its files, module attributes."""
+    seen = set()
+    for module in model.modules():
+        yield vars(module)
+        for cls in type(module).__mro__:
+            if cls.__module__ not in seen and not cls.__module__.startswith(("torch.", "builtins")):
+                seen.add(cls.__module__)
+                yield vars(sys.modules[cls.__module__])
+
+
+@contextlib.contextmanager
+def fused_recurrences(model: torch.nn.Module) -> Iterator[None]:
+    """Let ``model``'s code call our operators inside the block; restores what was there before."""
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for namespace in _namespaces(model):
+            for name, value in list(namespace.items()):
+                public = _public_name(value)
+                if public is not None:
+                    before.append((namespace, name, value))
+                    namespace[name] = functools.wraps(value)(_OURS[public])
+        yield
+    finally:
+        for namespace, name, value in before:
+            namespace[name] = value
