@@ -2,6 +2,7 @@
 
     >>> from_file("model.onnx").signature()
 
+Operator sets before :data:`hal.frontends.opset.OLDEST` go through ONNX's version converter first.
 External weights stay where they are and are memory-mapped when read. Functions and operators of
 other domains are kept.
 """

@@ -49,6 +49,11 @@ def graph_bytes(graph: Graph) -> bytes:
 
 
 OLD = {
+    "squeeze of operator set 9": (9, "(float[2,1] x) => (float[2] y) { y = Squeeze<axes=[1]>(x) }"),
+    "upsample of operator set 7": (
+        7,
+        "(float[1,1,2,2] x) => (float[1,1,4,4] y) { y = Upsample<scales=[1.,1.,2.,2.]>(x) }",
+    ),
     "reduce": (
         13,
         "(float[2,3,4] x) => (float[2,4] y) { y = ReduceMean<axes=[1], keepdims=0>(x) }",
