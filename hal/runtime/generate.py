@@ -1,105 +1,427 @@
-"""Autoregressive generation on a session that carries its state."""
+"""Autoregressive generation on a session that carries its state.
+
+::
+
+    steps = generate(session, "The for statement", max_new_tokens=32, temperature=0.8, seed=1)
+    for piece in steps:
+        print(piece, end="", flush=True)
+    print(steps.finish_reason, steps.stats())
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hal.errors import InputError
-from hal.runtime.tokenizer import TextStream, Tokenizer
+from hal.errors import InputError, did_you_mean
+from hal.runtime.decoding import (
+    Continuation,
+    DraftCount,
+    FinishReason,
+    Rules,
+    decode,
+    decode_batch,
+    run_ids,
+)
+from hal.runtime.sampling import SamplingOptions
+from hal.runtime.stopping import checked_stops
+from hal.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from hal.runtime.session import Session
 
+PREFILL_CHUNK = 512
+"""Prompt tokens in one run by default: bounds memory, and keeps the products large."""
 
-class Generated:
-    """An iterator over what is generated, token by token.
 
-    ``token_ids`` holds the ids so far (prompt excluded); ``seconds_to_first_token`` and ``seconds``
-    are measured on the wall clock. ``text()`` runs to the end and joins the pieces.
+@dataclasses.dataclass(frozen=True)
+class GenerationOptions:
+    """The options of :func:`generate`, checked; see there.
+
+    Raises:
+        InputError: a value is out of its range; the text names the option and the range.
     """
 
-    def __init__(self, steps: Iterator[int], stream: TextStream | None) -> None:
+    max_new_tokens: int = 64
+    temperature: float | None = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: int | Sequence[int] | None = None
+    seed: int | None = None
+    prefill_chunk: int | None = None
+    prompt_lookup: int | None = None
+
+    def __post_init__(self) -> None:
+        _whole("max_new_tokens", self.max_new_tokens, 1)
+        if self.seed is not None:
+            _whole("seed", self.seed, 0)
+        if self.prefill_chunk is not None:
+            _whole("prefill_chunk", self.prefill_chunk, 1)
+        if self.prompt_lookup is not None:
+            _whole("prompt_lookup", self.prompt_lookup, 0)
+        checked_stops(self.stop)
+        _ = self.sampling
+        if self.stop_token_ids is not None:
+            _stop_ids(self.stop_token_ids)
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> GenerationOptions:
+        """Options by name.
+
+        Raises:
+            InputError: there is no option of that name, or a value is out of its range.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise InputError(f"no generation option {name!r}", did_you_mean(name, known))
+        return cls(**options)
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        """Those that say how a token is chosen."""
+        return SamplingOptions(
+            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+        )
+
+    def rules(self, metadata: Mapping[str, Any], prompt_tokens: int) -> Rules:
+        """What a continuation of ``prompt_tokens`` goes by, on a model with these facts.
+
+        Raises:
+            InputError: the prompt leaves no room for a token within the model's positions.
+        """
+        limit, positions = self.max_new_tokens, metadata.get("max_positions")
+        if positions:
+            if prompt_tokens >= positions:
+                raise InputError(
+                    f"the prompt has {prompt_tokens} tokens; the model has {positions} positions, "
+                    "and at least one is for the continuation",
+                    f"shorten the prompt to at most {positions - 1} tokens",
+                )
+            limit = min(limit, positions - prompt_tokens)
+        stop_ids = self.stop_token_ids
+        if stop_ids is None:
+            stop_ids = metadata.get("eos_token_ids", [])
+        ended = _stop_ids(stop_ids)
+        return Rules(limit, self.sampling, self.seed, checked_stops(self.stop), ended)
+
+
+class Generated:
+    """An iterator over what is generated, one item for each token.
+
+    For a text prompt the items are pieces of text. A piece may be empty: a character can take
+    several tokens, and what may be the beginning of a stop string is held back. For a prompt of
+    ids the items are token ids.
+
+    Attributes:
+        prompt_ids: the prompt's tokens.
+        token_ids: the tokens so far, prompt excluded, a final stop token included.
+        finish_reason: None until the end; then ``"stop"`` (a stop string or stop token came) or
+            ``"length"`` (``max_new_tokens``, or the model's last position).
+        seconds_to_first_token: the time that the prompt took, None before.
+        seconds: time spent generating so far; the caller's own between two items is not counted.
+        drafts: how prompt look-up fared.
+    """
+
+    def __init__(
+        self, row: Continuation, steps: Iterator[tuple[int, str]], text: bool, drafts: DraftCount
+    ) -> None:
+        self._row = row
         self._steps = steps
-        self._stream = stream
-        self._start = time.perf_counter()
-        self.token_ids: list[int] = []
+        self._text = text
+        self.drafts = drafts
         self.seconds_to_first_token: float | None = None
         self.seconds = 0.0
-        self._flushed = False
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        try:
-            token = next(self._steps)
-        except StopIteration:
-            if self._stream is not None and not self._flushed:
-                self._flushed = True
-                rest = self._stream.flush()
-                if rest:
-                    return rest
-            raise
-        self.seconds = time.perf_counter() - self._start
+        start = time.perf_counter()
+        token, text = next(self._steps)
+        self.seconds += time.perf_counter() - start
         if self.seconds_to_first_token is None:
             self.seconds_to_first_token = self.seconds
-        self.token_ids.append(token)
-        return token if self._stream is None else self._stream.push(token)
+        return text if self._text else token
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Token ids of the prompt."""
+        return self._row.prompt_ids
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Token ids generated so far."""
+        return self._row.token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended; None before."""
+        return self._row.finish_reason
+
+    @property
+    def held_ids(self) -> list[int]:
+        """The ids that the session's state holds: all but the last one, which was never run."""
+        return [*self.prompt_ids, *self.token_ids][:-1]
 
     def text(self) -> str:
         """Run to the end and return the generated text (for a text prompt)."""
         return "".join(str(piece) for piece in self)
 
+    def stats(self) -> dict[str, Any]:
+        """Figures so far.
+
+        Returns:
+            ``prompt_tokens``, ``new_tokens``, ``prefill_seconds``, ``decode_seconds`` (after the
+            first token), ``prefill_tokens_per_second``, ``decode_tokens_per_second``,
+            ``finish_reason``, ``draft_tokens`` and ``draft_tokens_kept``; None where nothing was
+            measured.
+        """
+        first = self.seconds_to_first_token
+        later = None if first is None else self.seconds - first
+        return {
+            "prompt_tokens": len(self.prompt_ids),
+            "new_tokens": len(self.token_ids),
+            "prefill_seconds": first,
+            "decode_seconds": later,
+            "prefill_tokens_per_second": _rate(len(self.prompt_ids), first),
+            "decode_tokens_per_second": _rate(len(self.token_ids) - 1, later),
+            "finish_reason": self.finish_reason,
+            "draft_tokens": self.drafts.tried,
+            "draft_tokens_kept": self.drafts.kept,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What one prompt of a batch was continued with.
+
+    Attributes:
+        prompt_tokens: length of the prompt.
+        token_ids: generated tokens, a final stop token included.
+        text: their text without a stop string; None for a prompt of ids.
+        finish_reason: ``"stop"`` or ``"length"``, as for :class:`Generated`.
+        seconds: from the start of the batch to this prompt's last token.
+    """
+
+    prompt_tokens: int
+    token_ids: list[int]
+    text: str | None
+    finish_reason: FinishReason
+    seconds: float
+
 
 def generate(
     session: Session,
-    prompt: str | list[int] | np.ndarray,
+    prompt: str | Sequence[int] | np.ndarray,
     *,
     max_new_tokens: int = 64,
-    stop_token_ids: list[int] | None = None,
+    temperature: float | None = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] | None = None,
+    stop_token_ids: int | Sequence[int] | None = None,
+    seed: int | None = None,
+    prefill_chunk: int | None = None,
+    prompt_lookup: int | None = None,
+    held: Sequence[int] = (),
 ) -> Generated:
-    """Greedy continuation of one prompt, from position 0.
+    """Continue one prompt.
 
     Args:
-        session: a session of a model with task ``causal-lm``; its state is reset first.
-        prompt: text (needs a tokenizer in the bundle) or token ids.
-        max_new_tokens: upper limit of generated tokens.
-        stop_token_ids: ids that end the generation; default: the model's end-of-sequence ids.
+        session: a session of a model with task ``causal-lm``; its state is reset when the first
+            item is asked for.
+        prompt: text (needs a tokenizer in the bundle) or token ids: a list, or an integer array
+            [n] or [1, n].
+        max_new_tokens: most tokens to generate. The model's last position ends it as well.
+        temperature: divides the logits before a draw; 0 or None: no draw, the best token.
+        top_k: draw from the k most likely tokens only.
+        top_p: draw from the fewest tokens whose probabilities sum to this.
+        min_p: draw from tokens at least this fraction as likely as the best one.
+        repetition_penalty: makes tokens that occurred less likely, if above 1. The meaning of
+            these five is that of transformers; see :mod:`hal.runtime.sampling`.
+        stop: a string or strings that end the text and are no part of it (needs a tokenizer). One
+            that never comes is no error.
+        stop_token_ids: ids that end it; default: the model's end-of-sequence ids, ``[]``: none.
+        seed: of the draw; None: different each time.
+        prefill_chunk: prompt tokens in one run; default 512. Has no influence on the result.
+        prompt_lookup: guess up to this many tokens ahead from what the context said before, and
+            check them in one run. Has no influence on the result; pays for text that repeats.
+        held: ids that the session's state holds already (:attr:`Generated.held_ids` of what was
+            generated before); the beginning that they share with the prompt is not run again.
 
     Returns:
         An iterator: pieces of text for a text prompt, token ids otherwise.
 
     Raises:
-        InputError: not a language model, an empty prompt, or ids outside the vocabulary.
+        InputError: not a language model, an option out of its range (named, with the range), an
+            empty prompt, one that leaves no room within the model's positions, ids outside the
+            vocabulary, or text without a tokenizer in the bundle.
     """
-    metadata = session.bundle.manifest.metadata
-    if session.bundle.manifest.task != "causal-lm":
+    options = GenerationOptions(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        stop_token_ids=stop_token_ids,
+        seed=seed,
+        prefill_chunk=prefill_chunk,
+        prompt_lookup=prompt_lookup,
+    )
+    _check_language_model(session)
+    row = _continuation(session, prompt, options, _tokenizer(session, options, [prompt]), 0)
+    drafts = DraftCount()
+    chunk = options.prefill_chunk or PREFILL_CHUNK
+    steps = decode(session, row, chunk=chunk, draft=prompt_lookup or 0, held=held, counts=drafts)
+    return Generated(row, steps, isinstance(prompt, str), drafts)
+
+
+def generate_batch(
+    session: Session, prompts: Iterable[str | Sequence[int] | np.ndarray], **options: Any
+) -> list[Completion]:
+    """Continue several prompts, which may differ in length.
+
+    The rows of a batch are independent: each gets the tokens that it would get alone. With a seed,
+    row ``i`` draws from its own sequence (row 0 like :func:`generate` with that seed).
+
+    Args:
+        session: a session of a language model; its state is reset.
+        prompts: texts or lists of ids.
+        options: those of :func:`generate` but ``held``; ``prompt_lookup`` has to be left out.
+
+    Returns:
+        One completion for each prompt, in order.
+
+    Raises:
+        InputError: see :func:`generate`; also no prompts at all. Names the prompt by its index.
+    """
+    chosen = GenerationOptions.of(options)
+    _check_language_model(session)
+    if chosen.prompt_lookup:
         raise InputError(
-            f"the bundle's task is {session.bundle.manifest.task!r}, not 'causal-lm'",
+            "prompt_lookup is given for a batch", "it works for one prompt: use generate()"
+        )
+    if isinstance(prompts, str):
+        raise InputError("prompts is one text", "pass a list of prompts, or use generate()")
+    listed = list(prompts)
+    if not listed:
+        raise InputError("the batch is empty", "give at least one prompt")
+    tokenizer = _tokenizer(session, chosen, listed)
+    rows = []
+    for index, prompt in enumerate(listed):
+        try:
+            rows.append(_continuation(session, prompt, chosen, tokenizer, index))
+        except InputError as error:
+            raise InputError(f"prompt {index}: {error.message}", error.hint) from None
+    seconds = [0.0] * len(rows)
+    start = time.perf_counter()
+    texts: list[list[str]] = [[] for _ in rows]
+    for index, text in decode_batch(session, rows, chunk=chosen.prefill_chunk or PREFILL_CHUNK):
+        seconds[index] = time.perf_counter() - start
+        texts[index].append(text)
+    return [
+        Completion(
+            len(row.prompt_ids),
+            row.token_ids,
+            "".join(texts[index]) if isinstance(listed[index], str) else None,
+            row.finish_reason or "length",
+            seconds[index],
+        )
+        for index, row in enumerate(rows)
+    ]
+
+
+def teacher_forced_logits(
+    session: Session, ids: Sequence[int] | np.ndarray, chunk: int = PREFILL_CHUNK
+) -> np.ndarray:
+    """Logits at every position of a given text, for scoring.
+
+    Args:
+        session: a session of a language model; its state is reset first.
+        ids: token ids: a list, or an integer array [n] or [1, n].
+        chunk: tokens in one run.
+
+    Returns:
+        float32 [len(ids), vocab]; row ``i`` is about the token after ``ids[i]``.
+
+    Raises:
+        InputError: not a language model, no ids, ids outside the vocabulary, or more of them than
+            the model has positions.
+    """
+    _check_language_model(session)
+    _whole("chunk", chunk, 1)
+    metadata = session.bundle.manifest.metadata
+    listed = _checked_ids(ids, metadata)
+    positions = metadata.get("max_positions")
+    if positions and len(listed) > positions:
+        raise InputError(
+            f"{len(listed)} tokens are given, the model has {positions} positions",
+            "score the text in windows",
+        )
+    session.reset()
+    parts = [run_ids(session, listed[at : at + chunk]) for at in range(0, len(listed), chunk)]
+    return np.concatenate(parts).astype(np.float32, copy=False)
+
+
+def _check_language_model(session: Session) -> None:
+    task = session.bundle.manifest.task
+    if task != "causal-lm":
+        raise InputError(
+            f"the bundle's task is {task!r}, not 'causal-lm'",
             "generation needs a language model with carried state",
         )
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}", "ask for at least one token")
-    stream = None
+
+
+def _tokenizer(
+    session: Session, options: GenerationOptions, prompts: Sequence[object]
+) -> Tokenizer | None:
+    """The bundle's tokenizer if something needs one."""
+    if options.stop or any(isinstance(prompt, str) for prompt in prompts):
+        return Tokenizer.from_bundle(session.bundle.files)
+    return None
+
+
+def _continuation(
+    session: Session,
+    prompt: object,
+    options: GenerationOptions,
+    tokenizer: Tokenizer | None,
+    row: int,
+) -> Continuation:
+    metadata = session.bundle.manifest.metadata
     if isinstance(prompt, str):
-        tokenizer = Tokenizer.from_bundle(session.bundle.files)
-        ids = tokenizer.encode(_valid_text(prompt))
-        stream = TextStream(tokenizer, ids)
+        assert tokenizer is not None
+        ids = _checked_ids(tokenizer.encode(_valid_text(prompt)), metadata)
     else:
-        ids = _valid_ids(prompt)
+        ids = _checked_ids(prompt, metadata)
+    return Continuation(ids, options.rules(metadata, len(ids)), tokenizer, row=row)
+
+
+def _checked_ids(prompt: object, metadata: Mapping[str, Any]) -> list[int]:
+    ids = _valid_ids(prompt)
     if not ids:
         raise InputError("the prompt is empty", "give at least one token")
-    vocabulary = metadata.get("vocab_size")
-    if vocabulary and not all(0 <= i < vocabulary for i in ids):
-        raise InputError(
-            f"the prompt has token ids outside 0..{vocabulary - 1}", "use the model's own tokenizer"
-        )
-    stops = set(metadata.get("eos_token_ids", []) if stop_token_ids is None else stop_token_ids)
-    return Generated(_greedy(session, ids, max_new_tokens, stops), stream)
+    size = metadata.get("vocab_size")
+    if size:
+        wrong = [i for i in ids if not 0 <= i < size]
+        if wrong:
+            raise InputError(
+                f"the prompt has token ids outside 0..{size - 1}: {wrong[0]}",
+                "use the model's own tokenizer",
+            )
+    return ids
 
 
 def _valid_text(prompt: str) -> str:
@@ -113,25 +435,37 @@ def _valid_text(prompt: str) -> str:
 
 
 def _valid_ids(prompt: object) -> list[int]:
-    array = np.asarray(prompt)
-    if array.size and (array.dtype.kind not in "iu" or array.ndim > 2):
+    hint = "pass a string or a list of integers; for several prompts use generate_batch()"
+    try:
+        array = np.asarray(prompt)
+    except ValueError:
+        raise InputError("the prompt is a list of lists that differ in length", hint) from None
+    if array.size and (array.dtype.kind not in "iu" or not 1 <= array.ndim <= 2):
         raise InputError(
             f"the prompt is neither text nor token ids but {type(prompt).__name__} "
             f"of {array.dtype}",
-            "pass a string or a list of integers",
+            hint,
         )
     if array.ndim == 2 and len(array) > 1:
-        raise InputError(f"{len(array)} prompts are given at once", "generate one prompt at a time")
+        raise InputError(f"{len(array)} prompts are given at once", hint)
     return [int(i) for i in array.reshape(-1)]
 
 
-def _greedy(session: Session, ids: list[int], limit: int, stops: set[int]) -> Iterator[int]:
-    session.reset()
-    name = session.inputs[0].name
-    step = np.array([ids], np.int64)
-    for _ in range(limit):
-        token = int(session.run({name: step})["logits"][0, -1].argmax())
-        yield token
-        if token in stops:
-            return
-        step = np.array([[token]], np.int64)
+def _stop_ids(value: object) -> frozenset[int]:
+    several = value if isinstance(value, (list, tuple, set, frozenset, np.ndarray)) else [value]
+    good = all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in several)
+    if not good:
+        raise InputError(
+            f"stop_token_ids is {value!r}", "stop_token_ids is a token id or a list of them"
+        )
+    return frozenset(int(i) for i in several)
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or int(str(value)) < least:
+        raise InputError(f"{name} is {value!r}", f"{name} is a whole number from {least}")
+
+
+def _rate(count: int, seconds: float | None) -> float | None:
+    return count / seconds if seconds and count > 0 else None

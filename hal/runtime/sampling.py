@@ -177,14 +177,18 @@ def _check(name: str, value: object) -> None:
     Raises:
         InputError: it is.
     """
-    good = not isinstance(value, (bool, np.bool_))
-    if name in ("top_k", "seed"):
-        good = good and isinstance(value, (int, np.integer)) and value >= 0
-    elif not isinstance(value, (int, float, np.integer, np.floating)) or not math.isfinite(value):
-        good = False
-    elif name in ("top_p", "min_p"):
-        good = good and 0 <= value <= 1
-    else:
-        good = good and (value > 0 or (value == 0 and name == "temperature"))
-    if not good:
+    if not _in_range(name, value):
         raise InputError(f"{name} is {value!r}", f"{name} is {_RANGES[name]}")
+
+
+def _in_range(name: str, value: object) -> bool:
+    if isinstance(value, (bool, np.bool_)):
+        return False
+    if name in ("top_k", "seed"):
+        return isinstance(value, (int, np.integer)) and int(value) >= 0
+    if not isinstance(value, (int, float, np.integer, np.floating)):
+        return False
+    number = float(value)
+    if name in ("top_p", "min_p"):
+        return 0 <= number <= 1
+    return math.isfinite(number) and (number > 0 or (number == 0 and name == "temperature"))
