@@ -9,7 +9,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hal.targets.backends import BackendInfo, code_digest, list_backends, load_backend
+from hal.targets.backends import (
+    BackendInfo,
+    check_routes,
+    code_digest,
+    list_backends,
+    load_backend,
+)
 from hal.targets.registry import (
     Registry,
     ResolvedTarget,
@@ -26,7 +32,6 @@ if TYPE_CHECKING:
         Executable,
         LoadContext,
         Probe,
-        StateStore,
         Verdict,
         WeightStore,
     )
@@ -38,7 +43,6 @@ _CONTRACT = (
     "Executable",
     "LoadContext",
     "Probe",
-    "StateStore",
     "Verdict",
     "WeightStore",
 )
@@ -53,10 +57,10 @@ __all__ = [
     "Probe",
     "Registry",
     "ResolvedTarget",
-    "StateStore",
     "TargetInfo",
     "Verdict",
     "WeightStore",
+    "check_routes",
     "code_digest",
     "list_backends",
     "list_targets",

@@ -1,4 +1,4 @@
-"""What a backend is: the five calls through which a chip's software meets hal.
+"""What a backend is: the six calls through which a chip's software meets hal.
 
 A backend never edits the graph it is given. Claims are made node by node; the planner
 (:mod:`hal.targets.partition`) turns them into convex segments, gives what is not claimed to the
@@ -13,11 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
-from hal.descriptor import Descriptor
-from hal.ir import Graph, State
+from hal.descriptor import Descriptor, Route
+from hal.ir import Graph
 
 HAL_API = "1"
 """Version of this contract. A backend that states another is refused with a clear message."""
@@ -90,39 +89,16 @@ class LoadContext:
     threads: int | None = None
 
 
-class StateStore(abc.ABC):
-    """Carried tensors owned by one session, in whatever layout the executable likes.
-
-    ``import_array``/``export_array`` speak the neutral layout of :class:`hal.ir.State`.
-    """
-
-    @abc.abstractmethod
-    def reset(self) -> None:
-        """Forget everything: growth axes have extent 0, fixed state is zero."""
-
-    @abc.abstractmethod
-    def export_array(self, name: str) -> np.ndarray:
-        """The state ``name`` in neutral layout (only the valid extent)."""
-
-    @abc.abstractmethod
-    def import_array(self, name: str, array: np.ndarray) -> None:
-        """Replace the state ``name`` by an array in neutral layout."""
-
-
 class Executable(abc.ABC):
     """A loaded segment. Not thread-safe; arrays in and out are numpy."""
 
     @abc.abstractmethod
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Run once. Keys are the segment's value names; carried state is passed explicitly."""
+        """Run once. Keys are the segment's value names; carried state is passed explicitly.
 
-    def create_state(self, state: tuple[State, ...]) -> StateStore | None:
-        """An in-place store for ``state``, or None: sessions then pass arrays to :meth:`run`."""
-        return None
-
-    def step(self, inputs: Mapping[str, Any], store: StateStore) -> dict[str, Any]:
-        """Run once on a store made by :meth:`create_state`, updating it in place."""
-        raise NotImplementedError
+        Pools of a cache (:func:`hal.ir.cache_plan.in_place`) are NumPy arrays that begin on a
+        64-byte boundary; they are written in place, and come out as the same arrays.
+        """
 
     def close(self) -> None:  # noqa: B027  (most segments hold nothing)
         """Release what the segment holds."""
@@ -137,6 +113,13 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def probe(self) -> Probe:
         """Say whether the backend can run here. Never raises."""
+
+    def check_route(self, route: Route) -> str:
+        """What is wrong with a descriptor's route, in a sentence, or nothing.
+
+        `hal targets validate` asks. What only another machine can know is not wrong.
+        """
+        return ""
 
     def legalize(self, graph: Graph, descriptor: Descriptor) -> Graph:
         """Rewrite a clone of the neutral graph into what this backend prefers to run.

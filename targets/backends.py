@@ -10,9 +10,10 @@ import importlib.metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hal.errors import TargetError, did_you_mean
+from hal.errors import DescriptorError, TargetError, did_you_mean
 
 if TYPE_CHECKING:
+    from hal.descriptor import Descriptor
     from hal.targets.backend import Backend
 
 BACKENDS_GROUP = "hal.backends"
@@ -54,6 +55,23 @@ def load_backend(name: str) -> Backend:
             f"check the installation of {origin}",
         ) from error
     return _instance(backend_class, name, origin)
+
+
+def check_routes(descriptor: Descriptor, source: str) -> None:
+    """Check the routes of a descriptor with the backends that they name.
+
+    Raises:
+        DescriptorError: a backend is not there, or finds its route wrong.
+    """
+    for name, route in descriptor.routes.items():
+        place = f"{source}: routes.{name}"
+        try:
+            problem = load_backend(route.backend).check_route(route)
+        except TargetError as error:
+            hint = f"pip install {route.package}" if route.package else error.hint
+            raise DescriptorError(f"{place}: {error.message}", hint) from error
+        if problem:
+            raise DescriptorError(f"{place}: {problem}", f"correct the table [routes.{name}]")
 
 
 @functools.cache

@@ -91,11 +91,15 @@ def validate_command(
     ],
     json: Json = False,
 ) -> None:
-    """Check descriptor files against the schema, parents included."""
-    from hal.targets import Registry
+    """Check descriptor files against the schema, parents and routes included."""
+    from hal.targets import Registry, check_routes
 
     registry = Registry.discover()
-    names = [registry.from_file(file).name for file in files]
+    names = []
+    for file in files:
+        described = registry.from_file(file)
+        check_routes(described, str(file))
+        names.append(described.name)
     if json:
         print_json(
             {"valid": [{"file": str(f), "name": n} for f, n in zip(files, names, strict=True)]}

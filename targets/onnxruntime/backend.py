@@ -9,15 +9,15 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from hal.descriptor import Descriptor, OnnxRuntimeRoute
-from hal.errors import UnsupportedError
-from hal.ir import HAL_DOMAIN, OPSET, Graph, State
+from hal.descriptor import Descriptor, OnnxRuntimeRoute, Route
+from hal.errors import UnsupportedError, did_you_mean
+from hal.ir import HAL_DOMAIN, OPSET, Graph
+from hal.ir.cache_plan import in_place
 from hal.ir.ops import ensure_functions
 from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
 from hal.targets.onnxruntime.kernels import kernel_table
 from hal.targets.onnxruntime.legalize import assess, legalize, uncovered
 from hal.targets.onnxruntime.session import OnnxRuntimeExecutable, open_session
-from hal.targets.onnxruntime.shared_cache import SharedCache, share_cache
 from hal.targets.onnxruntime.weights import externalize, relocate
 
 _MODEL = "model.onnx"
@@ -35,6 +35,22 @@ class OnnxRuntimeBackend(Backend):
         providers = ", ".join(ort.get_available_providers())
         versions = {"onnxruntime": ort.__version__, "onnx": onnx.__version__}
         return Probe("present", f"providers: {providers}", versions)
+
+    def check_route(self, route: Route) -> str:
+        """A provider's name must be one that some build of the runtime knows, or a plug-in's."""
+        if not isinstance(route, OnnxRuntimeRoute):
+            return ""
+        known = ort.get_all_providers()
+        for name in route.providers:
+            if not name.strip():
+                return "a provider has an empty name"
+            if name not in known and route.library is None and route.package is None:
+                return (
+                    f"onnxruntime knows no provider {name!r}, and no library or package has it;"
+                    f" {did_you_mean(name, known)}"
+                )
+        lost = [name for name in route.provider_options if name not in route.providers]
+        return f"provider_options are given for {lost[0]!r}, no provider" if lost else ""
 
     def legalize(self, graph: Graph, descriptor: Descriptor) -> Graph:
         """Choose the operator-set version, cast around missing dtypes, inline missing ops."""
@@ -64,7 +80,6 @@ class OnnxRuntimeBackend(Backend):
                 f"(node {node.name!r}): {reason}",
                 "choose another target, or replace the op in the model",
             )
-        shared = share_cache(legal)
         prepack = _prepacks(legal)
         repacked = externalize(legal, context.folder, context.bundle)
         legal.model.ir_version = _IR_VERSION
@@ -75,8 +90,7 @@ class OnnxRuntimeBackend(Backend):
             "nodes": legal.node_count(),
             "repacked_bytes": repacked,
             "prepack": prepack,
-            "state": [state.to_json() for state in legal.state],
-            "shared_cache": shared.to_json() if shared else None,
+            "in_place": in_place(legal),
         }
 
     def load(self, record: Mapping[str, Any], context: LoadContext) -> Executable:
@@ -96,12 +110,7 @@ class OnnxRuntimeBackend(Backend):
             threads=context.threads,
             prepack=bool(record.get("prepack", True)),
         )
-        shared = record.get("shared_cache")
-        return OnnxRuntimeExecutable(
-            session,
-            tuple(State.from_json(item) for item in record.get("state", ())),
-            SharedCache.from_json(shared) if shared else None,
-        )
+        return OnnxRuntimeExecutable(session, record.get("in_place"))
 
 
 def _route(descriptor: Descriptor) -> OnnxRuntimeRoute:

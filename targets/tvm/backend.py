@@ -1,4 +1,4 @@
-"""The backend's five calls; everything that needs TVM is imported when it is first used."""
+"""The backend's six calls; everything that needs TVM is imported when it is first used."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from hal.descriptor import Descriptor, TvmRoute
-from hal.errors import InputError, MissingExtraError, TargetError, UnsupportedError
+from hal.descriptor import Descriptor, Route, TvmRoute
+from hal.errors import (
+    InputError,
+    MissingExtraError,
+    TargetError,
+    UnsupportedError,
+    did_you_mean,
+)
 from hal.ir import Graph
+from hal.ir.cache_plan import in_place
 from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
 
 if TYPE_CHECKING:
@@ -44,6 +51,22 @@ class TvmBackend(Backend):
         except importlib.metadata.PackageNotFoundError:
             version = "unknown"
         return Probe("present", versions={"apache-tvm": version})
+
+    def check_route(self, route: Route) -> str:
+        """TVM must know the target's kind and options; without TVM nobody can say."""
+        if not isinstance(route, TvmRoute) or importlib.util.find_spec("tvm") is None:
+            return ""
+        import tvm
+
+        kind, known = route.target["kind"], [str(k) for k in tvm.target.Target.list_kinds()]
+        if kind not in known:
+            return f"TVM knows no target kind {kind!r}; {did_you_mean(kind, known)}"
+        try:
+            tvm.target.Target(dict(route.target))
+        except Exception as error:  # noqa: BLE001  TVM raises its own kinds
+            line = (str(error).strip().splitlines() or [repr(error)])[-1]
+            return f"TVM does not take the target: {line[:200]}"
+        return ""
 
     def legalize(self, graph: Graph, descriptor: Descriptor) -> Graph:
         """Inline the bodies of ops that have no kernel here."""
@@ -86,6 +109,7 @@ class TvmBackend(Backend):
             "library": LIBRARY,
             "inputs": [[p.name, p.dtype.name] for p in lowered.inputs],
             "outputs": [[p.name, p.dtype.name] for p in lowered.outputs],
+            "in_place": in_place(graph),
             "weights": [dataclasses.asdict(w) for w in weights],
             "tvm": importlib.metadata.version("apache-tvm"),
         }
@@ -111,7 +135,7 @@ class TvmBackend(Backend):
         )
         try:
             library = load_library(Path(path))
-            program = Program(library, inputs, outputs, tensors, alive)
+            program = Program(library, inputs, outputs, tensors, alive, record.get("in_place"))
         except Exception as error:  # TVM raises its own kinds
             text = (str(error).strip().splitlines() or [repr(error)])[-1]
             raise TargetError(

@@ -152,6 +152,37 @@ TARGETS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("route", "message", "hint"),
+    [
+        ('a = { backend = "tvn" }', "routes.a: no installed package", "did you mean 'tvm'?"),
+        ('a = { backend = "x", package = "x-hal" }', "provides the backend 'x'", "pip install x-"),
+        ('tvm = { target = { kind = "lvm" } }', "no target kind 'lvm'; did you mean 'llvm'?", "r"),
+        ('tvm = { target = { kind = "llvm", mcpv = "a" } }', "does not take the target", "correct"),
+        ('onnxruntime = { providers = [""] }', "a provider has an empty name", "correct"),
+        (
+            'onnxruntime = { providers = ["CPUExecutionProvidr"] }',
+            "knows no provider 'CPUExecutionProvidr'",
+            "correct the table [routes.onnxruntime]",
+        ),
+        (
+            'onnxruntime = { providers = ["CPUExecutionProvider"], provider_options = { B = {} } }',
+            "provider_options are given for 'B'",
+            "correct",
+        ),
+    ],
+)
+def test_validating_asks_the_backends_of_the_routes(
+    route: str, message: str, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "tvm =" in route:
+        pytest.importorskip("tvm")
+    file = tmp_path / "chip.toml"
+    file.write_text(f'schema = 1\nname = "chip"\nkind = "npu"\n[routes]\n{route}\n')
+    case = Case("", hal.DescriptorError, lambda f: f, ("chip.toml: routes.", message), hint)
+    check_cli(case, ["targets", "validate", str(file)], capsys)
+
+
 @pytest.fixture
 def targets_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "targets"
