@@ -44,6 +44,7 @@ from hal.passes import default_pipeline
 from hal.runtime import verification
 from hal.runtime.arrays import check_inputs
 from hal.runtime.cache import scratch_folder
+from hal.runtime.cache_options import parse_kv_cache
 from hal.runtime.session import Session, find_build
 from hal.targets import ResolvedTarget, load_backend, resolve
 
@@ -85,7 +86,9 @@ def compile(
             directory; None keeps it in a temporary folder that goes with the returned object.
         dynamic: names for dynamic axes, ``{"x": {0: "batch"}}``.
         quantize: weight format; this version keeps the model's own (None).
-        kv_cache: layout of the cache; this version keeps the exported one (``auto``).
+        kv_cache: what a language model carries (``auto``, ``latent``, ``expanded``) and how
+            (``contiguous``, ``paged``, ``int8``, ``int4``); combined with commas. What to carry
+            is priced for the first target.
         verify: run every build against the reference and fail beyond tolerance.
         fallback: give nodes that a target refuses to the host runtime.
         progress: called with a sentence before each long step.
@@ -111,7 +114,8 @@ def compile(
         samples = _user_samples(graph, inputs, strict=in_a_file)
         reference = job.reference(lambda: verification.reference_for(graph, samples))
         job.say("running the passes")
-        graph, reports = default_pipeline().run(graph)
+        carry = parse_kv_cache(kv_cache).carry
+        graph, reports = default_pipeline(targets[0].descriptor, carry).run(graph)
         job.say("writing the weights")
         manifest = _describe(graph, {"model": loaded.source}, [r.to_json() for r in reports])
         if isinstance(reference, verification.Reference):
@@ -207,9 +211,10 @@ def _build_all(
     ``files`` are the records of what is in ``folder`` already, ``graph.onnx`` and weights included.
     """
     digests = {n: r for n, r in files.items() if n == GRAPH or n.startswith("weights-")}
+    lowered = lower_cache(graph, job.cache)
     for target in job.targets:
         job.say(f"building for {target.name}")
-        record = build_target(folder, graph, target, fallback=job.fallback, digests=digests)
+        record = build_target(folder, lowered, target, fallback=job.fallback, digests=digests)
         manifest.builds[target.name] = record
     write_manifest(manifest, folder, files)
     if reference is not None:
@@ -386,8 +391,7 @@ def check_options(
     """
     if quantize is not None:
         raise InputError(f"quantize={quantize!r} is not available in this version", "leave it out")
-    if kv_cache != "auto":
-        raise InputError(f"kv_cache={kv_cache!r} is not available in this version", "use 'auto'")
+    parse_kv_cache(kv_cache)
     names = [target] if isinstance(target, str) else target
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise InputError(f"target={target!r} is neither a name nor a list of names", "use 'host'")

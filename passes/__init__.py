@@ -20,6 +20,7 @@ from hal.passes.fold import Fold
 from hal.passes.gated_mlp import FuseGatedMlp
 from hal.passes.gelu import FuseGelu
 from hal.passes.identity import RemoveIdentities
+from hal.passes.kv_cache import KvCache
 from hal.passes.layer_norm import FuseLayerNorm
 from hal.passes.matmul_bias import CanonicalMatMul
 from hal.passes.rms_norm import FuseRmsNorm
@@ -44,6 +45,7 @@ __all__ = [
     "FuseRmsNorm",
     "FuseRotary",
     "InferShapes",
+    "KvCache",
     "Outcome",
     "Pass",
     "PassReport",

@@ -15,6 +15,7 @@ from hal.passes.fold import Fold
 from hal.passes.gated_mlp import FuseGatedMlp
 from hal.passes.gelu import FuseGelu
 from hal.passes.identity import RemoveIdentities
+from hal.passes.kv_cache import KvCache
 from hal.passes.layer_norm import FuseLayerNorm
 from hal.passes.matmul_bias import CanonicalMatMul
 from hal.passes.rms_norm import FuseRmsNorm
@@ -31,12 +32,13 @@ def clean_up() -> Pipeline:
     )
 
 
-def default_pipeline(descriptor: Descriptor | None = None) -> Pipeline:
-    """The neutral pipeline: clean up, fuse to ONNX's high-level ops, clean up again.
+def default_pipeline(descriptor: Descriptor | None = None, kv_cache: str = "auto") -> Pipeline:
+    """The neutral pipeline: clean up, fuse to ONNX's high-level ops, choose what to carry.
 
-    ``descriptor`` is accepted so that a caller can pass what it has; no neutral pass reads it.
+    ``descriptor`` prices what could be carried (:class:`KvCache`); no other neutral pass reads it.
     """
-    return Pipeline("default", (clean_up(), fusions(), clean_up()))
+    steps = (clean_up(), fusions(), clean_up(), KvCache(kv_cache, descriptor), clean_up())
+    return Pipeline("default", steps)
 
 
 def fusions() -> Pipeline:

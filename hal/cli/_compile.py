@@ -61,6 +61,15 @@ def compile_command(
         list[str] | None,
         typer.Option("--dynamic", metavar="NAME:AXIS=SYM", help="A free axis; repeatable."),
     ] = None,
+    kv_cache: Annotated[
+        str,
+        typer.Option(
+            "--kv-cache",
+            metavar="WORDS",
+            help="What a language model carries (auto, latent, expanded) and how (contiguous, "
+            "paged, int8, int4); combine with commas.",
+        ),
+    ] = "auto",
     explain: Explain = False,
     no_verify: NoVerify = False,
     no_fallback: NoFallback = False,
@@ -81,6 +90,7 @@ def compile_command(
             target=target or ["host"],
             output=output,
             dynamic=free or None,
+            kv_cache=kv_cache,
             verify=not no_verify,
             fallback=not no_fallback,
             progress=say,

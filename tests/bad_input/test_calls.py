@@ -99,7 +99,9 @@ def test_something_that_is_no_array_is_refused(pair: hal.Bundle, value: Any) -> 
     ("options", "message"),
     [
         ({"quantize": "w4a16"}, "quantize='w4a16' is not available in this version"),
-        ({"kv_cache": "paged"}, "kv_cache='paged' is not available in this version"),
+        ({"kv_cache": "pagde"}, "kv_cache='pagde': unknown value 'pagde'"),
+        ({"kv_cache": "latent,expanded"}, "asks for both 'latent' and 'expanded'"),
+        ({"kv_cache": None}, "kv_cache=None is not text"),
         ({"target": []}, "no target is given"),
         ({"target": 5}, "target=5 is neither a name nor a list of names"),
         ({"target": ["host", None]}, "is neither a name nor a list of names"),
