@@ -36,7 +36,7 @@ class CommonSubexpressions(Pass):
 
 
 def _holds_type(node: ir.Node) -> bool:
-    """Whether an attribute is a type (of Optional), which onnx-ir 1.1 cannot compare with others."""
+    """Whether an attribute is a type (of Optional), which onnx-ir 1.1 cannot compare."""
     return any(a.type == ir.AttributeType.TYPE_PROTO for a in node.attributes.values())
 
 

@@ -4,8 +4,8 @@ The rules, each a function from graph to complaints:
 
 * values: every name is defined once, before it is used; initializers have a value;
 * ops: every node is an op of the default domain at :data:`hal.ir.OPSET` with inputs and attributes
-  that its schema allows and one type where it asks for one, or an op with a function body in the model, or an op of a foreign domain
-  (which only a target that claims it can run);
+  that its schema allows (of one type where it asks for one), or an op with a function body in the
+  model, or an op of a foreign domain (which only a target that claims it can run);
 * state: every carried tensor names an input and an output of one dtype and rank, equal in all
   static dims but the growth axis.
 """
