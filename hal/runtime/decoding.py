@@ -35,7 +35,7 @@ class Constraint(Protocol):
         """Whether nothing may follow."""
 
     def allowed(self, size: int) -> np.ndarray:
-        """bool [size]: tokens that may come next, of a vocabulary of that size."""
+        """Which tokens may come next: bool [size], of a vocabulary of that size."""
 
     def accept(self, token: int) -> None:
         """Go on by a token."""
@@ -200,7 +200,7 @@ def decode(
         counts.tried += len(guess)
         for index in range(len(rows)):
             token, text = row.accept(rows[index])
-            goes_on = not row.finished and index < len(guess) and token == guess[index]
+            goes_on = index < len(guess) and token == guess[index] and not row.finished
             position += 1
             if not goes_on and index < len(guess):
                 session.trim(position)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hal.errors import InputError, did_you_mean
+from hal.runtime.chat import ChatTemplate, Message, is_messages
 from hal.runtime.decoding import (
     Continuation,
     DraftCount,
@@ -33,6 +34,9 @@ from hal.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from hal.runtime.session import Session
+
+Prompt = str | Sequence[int] | np.ndarray | Sequence[Message]
+"""Text, token ids, or the messages of a chat."""
 
 PREFILL_CHUNK = 512
 """Prompt tokens in one run by default: bounds memory, and keeps the products large."""
@@ -116,7 +120,7 @@ class GenerationOptions:
 class Generated:
     """An iterator over what is generated, one item for each token.
 
-    For a text prompt the items are pieces of text. A piece may be empty: a character can take
+    For a text or a chat the items are pieces of text. A piece may be empty: a character can take
     several tokens, and what may be the beginning of a stop string is held back. For a prompt of
     ids the items are token ids.
 
@@ -220,7 +224,7 @@ class Completion:
 
 def generate(
     session: Session,
-    prompt: str | Sequence[int] | np.ndarray,
+    prompt: Prompt,
     *,
     max_new_tokens: int = 64,
     temperature: float | None = 0.0,
@@ -240,8 +244,9 @@ def generate(
     Args:
         session: a session of a model with task ``causal-lm``; its state is reset when the first
             item is asked for.
-        prompt: text (needs a tokenizer in the bundle) or token ids: a list, or an integer array
-            [n] or [1, n].
+        prompt: text; or messages of a chat, ``[{"role": "user", "content": "…"}]``, for the model's
+            own chat template; or token ids, a list or an integer array [n] or [1, n]. The first
+            two need a tokenizer in the bundle.
         max_new_tokens: most tokens to generate. The model's last position ends it as well.
         temperature: divides the logits before a draw; 0 or None: no draw, the best token.
         top_k: draw from the k most likely tokens only.
@@ -260,12 +265,13 @@ def generate(
             generated before); the beginning that they share with the prompt is not run again.
 
     Returns:
-        An iterator: pieces of text for a text prompt, token ids otherwise.
+        An iterator: token ids for a prompt of ids, pieces of text otherwise.
 
     Raises:
         InputError: not a language model, an option out of its range (named, with the range), an
             empty prompt, one that leaves no room within the model's positions, ids outside the
-            vocabulary, or text without a tokenizer in the bundle.
+            vocabulary, text without a tokenizer in the bundle, or messages without a chat template
+            or such that the template refuses.
     """
     options = GenerationOptions(
         max_new_tokens=max_new_tokens,
@@ -285,12 +291,10 @@ def generate(
     drafts = DraftCount()
     chunk = options.prefill_chunk or PREFILL_CHUNK
     steps = decode(session, row, chunk=chunk, draft=prompt_lookup or 0, held=held, counts=drafts)
-    return Generated(row, steps, isinstance(prompt, str), drafts)
+    return Generated(row, steps, _is_text(prompt), drafts)
 
 
-def generate_batch(
-    session: Session, prompts: Iterable[str | Sequence[int] | np.ndarray], **options: Any
-) -> list[Completion]:
+def generate_batch(session: Session, prompts: Iterable[Prompt], **options: Any) -> list[Completion]:
     """Continue several prompts, which may differ in length.
 
     The rows of a batch are independent: each gets the tokens that it would get alone. With a seed,
@@ -298,7 +302,7 @@ def generate_batch(
 
     Args:
         session: a session of a language model; its state is reset.
-        prompts: texts or lists of ids.
+        prompts: texts, lists of ids, or lists of messages.
         options: those of :func:`generate` but ``held``; ``prompt_lookup`` has to be left out.
 
     Returns:
@@ -335,7 +339,7 @@ def generate_batch(
         Completion(
             len(row.prompt_ids),
             row.token_ids,
-            "".join(texts[index]) if isinstance(listed[index], str) else None,
+            "".join(texts[index]) if _is_text(listed[index]) else None,
             row.finish_reason or "length",
             seconds[index],
         )
@@ -388,7 +392,7 @@ def _tokenizer(
     session: Session, options: GenerationOptions, prompts: Sequence[object]
 ) -> Tokenizer | None:
     """The bundle's tokenizer if something needs one."""
-    if options.stop or any(isinstance(prompt, str) for prompt in prompts):
+    if options.stop or any(_is_text(prompt) for prompt in prompts):
         return Tokenizer.from_bundle(session.bundle.files)
     return None
 
@@ -401,12 +405,22 @@ def _continuation(
     row: int,
 ) -> Continuation:
     metadata = session.bundle.manifest.metadata
-    if isinstance(prompt, str):
-        assert tokenizer is not None
-        ids = _checked_ids(tokenizer.encode(_valid_text(prompt)), metadata)
-    else:
-        ids = _checked_ids(prompt, metadata)
+    if tokenizer is not None and _is_text(prompt):
+        prompt = _encoded(session, prompt, tokenizer)
+    ids = _checked_ids(prompt, metadata)
     return Continuation(ids, options.rules(metadata, len(ids)), tokenizer, row=row)
+
+
+def _is_text(prompt: object) -> bool:
+    return isinstance(prompt, str) or is_messages(prompt)
+
+
+def _encoded(session: Session, prompt: Any, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a text or of the messages of a chat."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(_valid_text(prompt))
+    template = ChatTemplate.from_bundle(session.bundle.files)
+    return tokenizer.encode(_valid_text(template.render(prompt)), add_special_tokens=False)
 
 
 def _checked_ids(prompt: object, metadata: Mapping[str, Any]) -> list[int]:
@@ -451,8 +465,9 @@ def _valid_ids(prompt: object) -> list[int]:
     return [int(i) for i in array.reshape(-1)]
 
 
-def _stop_ids(value: object) -> frozenset[int]:
-    several = value if isinstance(value, (list, tuple, set, frozenset, np.ndarray)) else [value]
+def _stop_ids(value: Any) -> frozenset[int]:
+    listed = isinstance(value, (list, tuple, set, frozenset, np.ndarray))
+    several: list[Any] = list(value) if listed else [value]
     good = all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in several)
     if not good:
         raise InputError(
@@ -461,9 +476,9 @@ def _stop_ids(value: object) -> frozenset[int]:
     return frozenset(int(i) for i in several)
 
 
-def _whole(name: str, value: object, least: int) -> None:
+def _whole(name: str, value: Any, least: int) -> None:
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or int(str(value)) < least:
+    if not whole or value < least:
         raise InputError(f"{name} is {value!r}", f"{name} is a whole number from {least}")
 
 

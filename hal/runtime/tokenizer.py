@@ -30,9 +30,15 @@ class Tokenizer:
             )
         return cls(tokenizers.Tokenizer.from_str(files.read(TOKENIZER_FILE).decode()))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, with the special tokens that the tokenizer adds by itself."""
-        return list(self._inner.encode(text).ids)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``.
+
+        Args:
+            text: special tokens that are written out in it become their ids.
+            add_special_tokens: add those that the tokenizer puts around a text by itself. A
+                rendered chat has them already.
+        """
+        return list(self._inner.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids`` without special tokens."""
