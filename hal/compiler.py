@@ -38,13 +38,16 @@ from hal.bundle.manifest import (
 )
 from hal.errors import BundleError, HalError, InputError, TargetError
 from hal.ir import Graph, TensorSpec
+from hal.ir.cache_plan import CachePlan
 from hal.ir.verify import verify as verify_graph
 from hal.ir.weights import write_weights
 from hal.passes import default_pipeline
+from hal.passes.base import Pipeline
+from hal.passes.cache_layout import CacheLayout
 from hal.runtime import verification
 from hal.runtime.arrays import check_inputs
 from hal.runtime.cache import scratch_folder
-from hal.runtime.cache_options import parse_kv_cache
+from hal.runtime.cache_options import CacheOptions, parse_kv_cache
 from hal.runtime.session import Session, find_build
 from hal.targets import ResolvedTarget, load_backend, resolve
 
@@ -104,7 +107,8 @@ def compile(
         InputError: an argument is wrong.
     """
     targets = check_options(target, quantize, kv_cache)
-    job = _Job(targets, verify, fallback, progress or (lambda _: None))
+    options = parse_kv_cache(kv_cache)
+    job = _Job(targets, verify, fallback, options, progress or (lambda _: None))
     with _bundle_writer(output) as (folder, finish):
         job.say("reading the model")
         loaded = frontends.load(model, inputs, dynamic)
@@ -114,8 +118,7 @@ def compile(
         samples = _user_samples(graph, inputs, strict=in_a_file)
         reference = job.reference(lambda: verification.reference_for(graph, samples))
         job.say("running the passes")
-        carry = parse_kv_cache(kv_cache).carry
-        graph, reports = default_pipeline(targets[0].descriptor, carry).run(graph)
+        graph, reports = default_pipeline(targets[0].descriptor, options.carry).run(graph)
         job.say("writing the weights")
         manifest = _describe(graph, {"model": loaded.source}, [r.to_json() for r in reports])
         if isinstance(reference, verification.Reference):
@@ -132,12 +135,15 @@ def retarget(
     target: str | Sequence[str],
     output: str | Path | None = None,
     *,
+    kv_cache: str | None = None,
     verify: bool = True,
     fallback: bool = True,
     progress: Progress | None = None,
 ) -> Bundle:
     """See :meth:`hal.Bundle.retarget`."""
-    job = _Job(check_options(target), verify, fallback, progress or (lambda _: None))
+    targets = check_options(target, None, kv_cache or "auto")
+    options = parse_kv_cache(kv_cache) if kv_cache else _layout_of(bundle)
+    job = _Job(targets, verify, fallback, options, progress or (lambda _: None))
     with _bundle_writer(output) as (folder, finish):
         job.say("copying the neutral graph and weights")
         manifest = bundle.manifest.model_copy(deep=True)
@@ -188,6 +194,7 @@ class _Job:
     targets: list[ResolvedTarget]
     verify: bool
     fallback: bool
+    cache: CacheOptions
     say: Progress
 
     def reference(self, compute: Callable[[], _Reference]) -> _Reference | None:
@@ -211,7 +218,7 @@ def _build_all(
     ``files`` are the records of what is in ``folder`` already, ``graph.onnx`` and weights included.
     """
     digests = {n: r for n, r in files.items() if n == GRAPH or n.startswith("weights-")}
-    lowered = lower_cache(graph, job.cache)
+    lowered = _with_pools(graph, job.cache)
     for target in job.targets:
         job.say(f"building for {target.name}")
         record = build_target(folder, lowered, target, fallback=job.fallback, digests=digests)
@@ -220,6 +227,23 @@ def _build_all(
     if reference is not None:
         _verify_builds(job, folder, manifest, graph, reference)
         write_manifest(manifest, folder, manifest.files)
+
+
+def _with_pools(graph: Graph, options: CacheOptions) -> Graph:
+    """The graph with growing state in pools, as builds carry it; itself if it carries none."""
+    if all(state.growth_axis is None for state in graph.state):
+        return graph
+    layout = CacheLayout(options.layout or "contiguous", options.bits or 0)
+    return Pipeline("cache layout", (layout,)).run(graph)[0]
+
+
+def _layout_of(bundle: Bundle) -> CacheOptions:
+    """How the first build of a bundle carries its state, for another one to do the same."""
+    cache = next((b.cache for b in bundle.manifest.builds.values() if b.cache), None)
+    if cache is None:
+        return CacheOptions()
+    plan = CachePlan.from_json(cache)
+    return CacheOptions(layout=plan.layout, bits=plan.bits)
 
 
 # -- verification -----------------------------------------------------------------------------

@@ -12,16 +12,13 @@ import onnx_ir as ir
 from hal.errors import InputError
 from hal.ir import HAL_DOMAIN, Graph, State
 from hal.ir.cache_ops import CACHE_WRITE, CACHED_ATTENTION
-from hal.ir.cache_plan import PAST, CacheGroup, CachePlan, CachePool
+from hal.ir.cache_plan import PAST, PLAN_KEY, CacheGroup, CachePlan, CachePool
 from hal.ir.ops import ensure_functions
 from hal.passes._edit import Editor, attribute, dim, ints, producer, remove_unused
 from hal.passes._program import program_of
 from hal.passes._symbolic import analyse
 from hal.passes.base import Outcome, Pass
 from hal.passes.causal_mask import CAUSAL_KEY, WINDOW_KEY
-
-PLAN_KEY = "cache_plan"
-"""Where the pass leaves its plan in the graph's metadata."""
 
 _AXIS = 2
 _BATCHES = ((1, 1, 0), (2, 3, 4), (3, 1, 7), (2, 6, 33))
@@ -55,7 +52,8 @@ class CacheLayout(Pass):
 @dataclasses.dataclass(frozen=True)
 class Site:
     """An ``Attention`` over carried state. ``value`` is None when values are a prefix of the keys,
-    ``value_size`` channels long."""
+    ``value_size`` channels long.
+    """
 
     node: ir.Node
     key: State

@@ -19,6 +19,7 @@ import hal
 from hal.bundle.manifest import BuildRecord, FileRecord
 from hal.errors import TargetError
 from hal.ir import Graph
+from hal.ir.cache_plan import PLAN_KEY
 from hal.runtime.cache import cache_folder, entry_writer
 from hal.targets import ResolvedTarget, code_digest, load_backend, partition
 from hal.targets.backend import Backend, BuildContext
@@ -48,7 +49,8 @@ def build_target(
 
     Args:
         root: bundle folder being written; holds the weights that ``graph`` refers to.
-        graph: the neutral graph; large weights are external tensors relative to ``root``.
+        graph: the neutral graph, its growing state lowered to pools or not; large weights are
+            external tensors relative to ``root``.
         target: what to build for.
         fallback: give refused nodes to the host runtime; otherwise a refusal is an error.
         digests: records of ``graph.onnx`` and the weight files; without them the cache is not used.
@@ -71,7 +73,7 @@ def build_target(
     if cache and digests:
         # A cache that cannot be written is no reason to fail.
         with contextlib.suppress(OSError):
-            entry = cache_folder("builds") / _key(target, toolchain, fallback, digests)
+            entry = cache_folder("builds") / _key(graph, target, toolchain, fallback, digests)
         if entry is not None and (entry / "record.json").exists():
             return _from_cache(entry, folder)
     folder.mkdir()
@@ -135,10 +137,12 @@ def _build(
         segments=segments,
         placement=plan.placement(),
         toolchain=toolchain,
+        cache=graph.metadata.get(PLAN_KEY),
     )
 
 
 def _key(
+    graph: Graph,
     target: ResolvedTarget,
     toolchain: dict[str, str],
     fallback: bool,
@@ -150,6 +154,7 @@ def _key(
         "descriptor": target.descriptor.digest(),
         "toolchain": toolchain,
         "fallback": fallback,
+        "cache": graph.metadata.get(PLAN_KEY),
         "inputs": {name: record.sha256 for name, record in sorted(digests.items())},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

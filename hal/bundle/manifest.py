@@ -56,6 +56,7 @@ class BuildRecord(pydantic.BaseModel):
     segments: list[dict[str, Any]]
     placement: dict[str, Any]
     toolchain: dict[str, str]
+    cache: dict[str, Any] | None = None
     verification: dict[str, Any] | None = None
 
 

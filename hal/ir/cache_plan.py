@@ -10,6 +10,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from hal.ir.graph import Graph
+
+PLAN_KEY = "cache_plan"
+"""Where the lowering leaves its plan in the graph's metadata."""
+
+ALIAS_KEY = "cache_alias"
+"""Where a backend leaves further outputs that share an input's memory."""
+
 PAST = "hal.past"
 """Input int64 [batch]: tokens that each row has seen."""
 
@@ -103,3 +111,26 @@ class CachePlan:
         """Bytes of cache that one more token takes in layers that keep everything."""
         full = {g.name for g in self.groups if not g.window}
         return sum(p.token_bytes for p in self.pools if p.group in full)
+
+    def in_place(self) -> dict[str, str]:
+        """Output by output: the input whose memory it shares."""
+        pairs = {p.output: p.input for p in self.pools}
+        pairs.update({p.scale_output: p.scale_input for p in self.pools if p.bits})
+        return pairs
+
+
+def plan_of(graph: Graph) -> CachePlan | None:
+    """The plan that the lowering left in a graph, if it was lowered."""
+    data = graph.metadata.get(PLAN_KEY)
+    return None if data is None else CachePlan.from_json(data)
+
+
+def in_place(graph: Graph) -> dict[str, str]:
+    """Outputs of a lowered graph, or a part of one, that are its inputs, written in place."""
+    plan = plan_of(graph)
+    if plan is None:
+        return {}
+    names_in = {v.name for v in graph.graph.inputs}
+    names_out = {v.name for v in graph.graph.outputs}
+    pairs = {**plan.in_place(), **graph.metadata.get(ALIAS_KEY, {})}
+    return {o: i for o, i in pairs.items() if o in names_out and i in names_in}

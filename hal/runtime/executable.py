@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hal.ir import State
-from hal.targets.backend import Executable, StateStore
+from hal.targets.backend import Executable
 
 
 class SegmentedExecutable(Executable):
@@ -37,14 +36,6 @@ class SegmentedExecutable(Executable):
             for name in dead:
                 values.pop(name, None)
         return {name: values[name] for name in self._outputs}
-
-    def create_state(self, state: tuple[State, ...]) -> StateStore | None:
-        """In place when a single segment can do it; several segments pass arrays."""
-        return self._parts[0][0].create_state(state) if len(self._parts) == 1 else None
-
-    def step(self, inputs: Mapping[str, Any], store: StateStore) -> dict[str, Any]:
-        """One step of the only segment on its own store."""
-        return self._parts[0][0].step(inputs, store)
 
     def close(self) -> None:
         """Close every segment."""

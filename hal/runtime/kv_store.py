@@ -13,6 +13,7 @@ by moving the last window to the front whenever the page is full (once in at lea
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Sequence
 
@@ -169,6 +170,18 @@ class CacheStore:
                     array[mine.held[name].pages[0]] = array[held.pages[0]]
         return copy
 
+    def duplicate(self) -> CacheStore:
+        """A store of its own that holds the same."""
+        other = CacheStore(self.plan, limit=self.limit)
+        other._rows, other._next = copy.deepcopy(self._rows), self._next
+        for name, pages in self._groups.items():
+            mine = other._groups[name]
+            mine.resize(len(pages.uses), pages.page, 0)
+            mine.uses = list(pages.uses)
+            for key, array in pages.arrays.items():
+                mine.arrays[key][:] = array
+        return other
+
     def trim(self, row: int, tokens: int) -> None:
         """Forget all but the first ``tokens`` of a row.
 
@@ -294,7 +307,8 @@ class CacheStore:
 
     def read(self, state: str, row: int) -> tuple[np.ndarray, int]:
         """What a row holds of a state: float32 ``[heads, positions, channels]``, and the position of
-        the first (not 0 if a window has forgotten some)."""
+        the first (not 0 if a window has forgotten some).
+        """
         pool, item = self._pools[state], self._rows[row]
         pages, held = self._groups[pool.group], item.held[pool.group]
         window, length = pages.group.window, item.tokens - held.base

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -11,8 +12,10 @@ import numpy as np
 from hal.descriptor import parse
 from hal.errors import BundleError, InputError, TargetError
 from hal.ir import Dim, State, TensorSpec
+from hal.ir.cache_plan import CachePlan
 from hal.runtime.arrays import check_inputs
 from hal.runtime.executable import SegmentedExecutable
+from hal.runtime.kv_store import CacheStore
 from hal.targets import load_backend
 from hal.targets.backend import LoadContext
 
@@ -42,6 +45,14 @@ class Session:
         self._state_specs = {
             s["input"]: TensorSpec(s["input"], s["dtype"], tuple(s["dims"])) for s in manifest.state
         }
+        plan = CachePlan.from_json(record.cache) if record.cache else None
+        limit = manifest.metadata.get("max_positions")
+        self._store = CacheStore(plan, limit=limit) if plan else None
+        pooled = {p.state for p in plan.pools} if plan else set()
+        self._by_value = tuple(s for s in self.states if s.name not in pooled)
+        self._arrays: dict[str, Any] = {}
+        self._rows: list[int] = []
+        self._tokens = 0
         descriptor = parse(record.descriptor, f"{bundle.path} ({target})")
         count = threads or len(os.sched_getaffinity(0))
         parts = []
@@ -50,13 +61,31 @@ class Session:
             context = LoadContext(descriptor, segment["folder"], bundle.files, count)
             executable = backend.load(segment["record"], context)
             parts.append((executable, segment["inputs"], segment["outputs"]))
-        names = [s.name for s in self.outputs] + [s.output for s in self.states]
+        names = [s.name for s in self.outputs] + [s.output for s in self._by_value]
         self.executable = SegmentedExecutable(parts, names)
-        self._store = self.executable.create_state(self.states) if self.states else None
-        self._arrays: dict[str, Any] = {}
-        self._batch: int | None = None
-        self.position = 0
-        """Tokens that the carried state holds (0 for models without state)."""
+
+    @property
+    def plan(self) -> CachePlan | None:
+        """How growing state is carried in pools; None if the build carries it by value."""
+        return self._store.plan if self._store else None
+
+    @property
+    def position(self) -> int:
+        """Tokens that the carried state holds (the longest row's; 0 for models without state)."""
+        return max(self.lengths, default=0)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each row of the batch holds; empty before the first call."""
+        if self._store is None:
+            return [self._tokens] * len(self._rows)
+        return [self._store.tokens(row) for row in self._rows]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of carried state that hold something now."""
+        fixed = sum(np.asarray(a).nbytes for a in self._arrays.values())
+        return fixed + (self._store.bytes_in_use() if self._store else 0)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on positional or named inputs; returns one array, or a tuple in signature order.
@@ -77,17 +106,22 @@ class Session:
         values = tuple(results[s.name] for s in self.outputs)
         return values[0] if len(values) == 1 else values
 
-    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def run(
+        self, inputs: Mapping[str, Any], *, lengths: Sequence[int] | None = None
+    ) -> dict[str, Any]:
         """Run once and carry the state on.
 
         Args:
             inputs: arrays by input name: numpy, or anything that speaks DLPack.
+            lengths: tokens of each row that count, the rest of a row being padding on the right;
+                None: all of them. Only with carried state, and only where rows may differ.
 
         Returns:
-            numpy arrays by output name, without the state.
+            numpy arrays by output name, without the state. Outputs at padding mean nothing.
 
         Raises:
-            InputError: an input is unknown, missing, or has a wrong dtype, rank or extent.
+            InputError: an input is unknown, missing, or has a wrong dtype, rank or extent; the
+                state has another batch size, or no room; ``lengths`` do not fit.
         """
         if not isinstance(inputs, Mapping):
             raise InputError(
@@ -99,18 +133,45 @@ class Session:
         if not self.states:
             return self.executable.run(arrays)
         batch, length = self._batch_and_length(arrays)
-        if self._batch not in (None, batch):
+        counts = self._counts(lengths, batch, length)
+        if not self._rows:
+            self._start(batch)
+        if len(self._rows) != batch:
             raise InputError(
-                f"the batch is {batch}, the carried state has {self._batch}",
+                f"the batch is {batch}, the carried state has {len(self._rows)}",
                 "call session.reset() before another batch size",
             )
+        feeds = self._store.feeds(self._rows, length) if self._store else {}
+        carried = {s.input: self._arrays[s.name] for s in self._by_value}
+        outputs = self.executable.run({**arrays, **carried, **feeds})
+        for item in self._by_value:
+            self._arrays[item.name] = outputs[item.output]
         if self._store is not None:
-            outputs = self.executable.step(arrays, self._store)
-        else:
-            outputs = self._step_arrays(arrays, batch)
-        self._batch = batch
-        self.position += length
+            self._store.advance(self._rows, counts)
+        self._tokens += length
         return {s.name: outputs[s.name] for s in self.outputs}
+
+    def _start(self, batch: int) -> None:
+        """Rows that hold nothing."""
+        self._arrays = {
+            s.name: empty_state(s, self._state_specs[s.input], batch) for s in self._by_value
+        }
+        self._rows = [self._store.add() if self._store else i for i in range(batch)]
+
+    def _counts(self, lengths: Sequence[int] | None, batch: int, length: int) -> list[int]:
+        counts = [length] * batch if lengths is None else [int(n) for n in lengths]
+        if len(counts) != batch or not all(0 <= n <= length for n in counts):
+            raise InputError(
+                f"lengths {counts} do not fit a batch of {batch} rows of {length} tokens",
+                "give one length from 0 to the padded length for each row",
+            )
+        unequal = len({*counts, length}) > 1
+        if unequal and (self._by_value or self._store is None or not self._store.plan.ragged):
+            raise InputError(
+                "rows of different lengths cannot be run together: padding would enter the state",
+                "run the rows one by one",
+            )
+        return counts
 
     def _check_ids(self, arrays: Mapping[str, Any]) -> None:
         """Refuse ids that the embedding has no row for; runtimes may read past the table."""
@@ -125,18 +186,6 @@ class Session:
                     "use the model's own tokenizer",
                 )
 
-    def _step_arrays(self, arrays: dict[str, Any], batch: int) -> dict[str, Any]:
-        if not self._arrays:
-            self._arrays = {s.name: self._empty(s, batch) for s in self.states}
-        carried = {s.input: self._arrays[s.name] for s in self.states}
-        outputs = self.executable.run({**arrays, **carried})
-        for item in self.states:
-            self._arrays[item.name] = outputs.pop(item.output)
-        return outputs
-
-    def _empty(self, state: State, batch: int) -> np.ndarray:
-        return empty_state(state, self._state_specs[state.input], batch)
-
     def _batch_and_length(self, arrays: Mapping[str, Any]) -> tuple[int, int]:
         first = self.inputs[0]
         array = arrays[first.name]
@@ -145,18 +194,84 @@ class Session:
     def reset(self) -> None:
         """Forget the carried state; the next call starts at position 0."""
         if self._store is not None:
-            self._store.reset()
-        self._arrays = {}
-        self._batch = None
-        self.position = 0
+            for row in reversed(self._rows):
+                self._store.remove(row)
+        self._arrays, self._rows, self._tokens = {}, [], 0
+
+    def trim(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens of every row.
+
+        Raises:
+            InputError: a row holds fewer; the state is of fixed size (it cannot be taken back), or
+                a sliding window has forgotten what that needs.
+        """
+        if self._by_value and any(s.growth_axis is None for s in self._by_value):
+            raise InputError(
+                "state of fixed size cannot be trimmed", "reset the session and run a prefix again"
+            )
+        for row in self._rows:
+            if self._store is not None:
+                self._store.trim(row, length)
+        for item in self._by_value:
+            if not 0 <= length <= self._tokens:
+                raise InputError(
+                    f"the state holds {self._tokens} tokens, it cannot be trimmed to {length}",
+                    "trim to a length between 0 and the current one",
+                )
+            array = self._arrays[item.name]
+            self._arrays[item.name] = array.take(range(length), axis=item.growth_axis)
+        self._tokens = length
+
+    def fork(self) -> Session:
+        """A session that goes on from here by itself; what it has seen is shared where pages are.
+
+        Both use the same loaded build: call one at a time.
+        """
+        copied = copy.copy(self)
+        copied._arrays = dict(self._arrays)
+        if self._store is None:
+            copied._rows = list(self._rows)
+        elif self._store.paged:
+            copied._rows = [self._store.fork(row) for row in self._rows]
+        else:
+            copied._store = self._store.duplicate()
+        return copied
 
     def export_arrays(self) -> dict[str, np.ndarray]:
-        """The carried state in neutral layout, by state name; empty before the first call."""
-        if self._batch is None:
+        """The carried state in neutral layout, by state name; empty before the first call.
+
+        Raises:
+            InputError: rows differ in length.
+        """
+        if not self._rows:
             return {}
+        arrays = {name: np.asarray(value) for name, value in self._arrays.items()}
         if self._store is not None:
-            return {s.name: self._store.export_array(s.name) for s in self.states}
-        return {name: np.asarray(value) for name, value in self._arrays.items()}
+            if len(set(self.lengths)) > 1:
+                raise InputError(
+                    f"rows hold {self.lengths} tokens and do not make one array",
+                    "export the state: session.export_state()",
+                )
+            for pool in self._store.plan.pools:
+                rows = [self._store.read(pool.state, row)[0] for row in self._rows]
+                arrays[pool.state] = np.stack(rows)
+        return {s.name: arrays[s.name] for s in self.states}
+
+    def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """What the model predicts after each token of ``ids``, teacher-forced from position 0.
+
+        Args:
+            ids: token ids, one sequence.
+
+        Returns:
+            float32 ``[len(ids), vocab]``; row ``i`` is the distribution of token ``i + 1``.
+
+        Raises:
+            InputError: no language model, no ids, or ids outside the vocabulary.
+        """
+        from hal.runtime.generate import teacher_forced_logits
+
+        return teacher_forced_logits(self, ids)
 
     def generate(self, prompt: str | list[int] | np.ndarray, **options: Any) -> Generated:
         """Continue a prompt; see :func:`hal.runtime.generate.generate` for the options.

@@ -15,8 +15,10 @@ import onnx_ir as ir
 
 from hal.errors import GraphError
 from hal.ir import Graph
+from hal.ir.cache_plan import ALIAS_KEY, plan_of
 from hal.ir.inline import infer_types, inline_functions, may_have_body
 from hal.targets.onnxruntime import fuse
+from hal.targets.onnxruntime.cached_attention import fuse_cached_attention
 from hal.targets.onnxruntime.kernels import KernelTable, Match, Miss, kernel_table
 from hal.targets.onnxruntime.opset import OLDEST, Restatement, restate
 
@@ -49,6 +51,10 @@ def legalize(graph: Graph) -> Graph:
     if _lacks_types(model):
         infer_types(model)
     fuse.fuse(model)
+    metadata, plan = dict(graph.metadata), plan_of(graph)
+    if plan is not None and plan.layout == "contiguous" and not plan.bits:
+        added = fuse_cached_attention(model)
+        metadata[ALIAS_KEY] = {**metadata.get(ALIAS_KEY, {}), **added}
     model, version = _inline_what_lacks_kernels(model)
     _stamp(model, version)
     _enter_loops_with_scalars(model)
@@ -58,7 +64,7 @@ def legalize(graph: Graph) -> Graph:
     domains = {node.domain for node in model.graph.all_nodes()} | {""}
     for domain in [d for d in model.opset_imports if d not in domains]:
         del model.opset_imports[domain]
-    return Graph(model, graph.state, dict(graph.metadata))
+    return Graph(model, graph.state, metadata)
 
 
 def uncovered(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:

@@ -11,11 +11,8 @@ import onnxruntime as ort
 
 from hal.descriptor import OnnxRuntimeRoute
 from hal.errors import HalError, InputError, TargetError
-from hal.ir import State
 from hal.ir.ortvalue import as_numpy, from_ort, to_ort
-from hal.targets.backend import Executable, StateStore
-from hal.targets.onnxruntime.shared_cache import SharedCache
-from hal.targets.onnxruntime.state import OrtState
+from hal.targets.backend import Executable
 
 CPU = "CPUExecutionProvider"
 
@@ -106,13 +103,10 @@ class OnnxRuntimeExecutable(Executable):
     """One session. Outputs are views of the runtime's memory, and never of an input's."""
 
     def __init__(
-        self,
-        session: ort.InferenceSession,
-        state: tuple[State, ...] = (),
-        shared: SharedCache | None = None,
+        self, session: ort.InferenceSession, in_place: Mapping[str, str] | None = None
     ) -> None:
         self._session: ort.InferenceSession | None = session
-        self._state, self._shared = state, shared
+        self._in_place = dict(in_place or {})
         self._inputs = {value.name: value for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]
         both = [*session.get_inputs(), *session.get_outputs()]
@@ -136,16 +130,16 @@ class OnnxRuntimeExecutable(Executable):
             InputError: the runtime refuses an input.
             TargetError: a kernel failed.
         """
-        if self._shared is not None:
-            return self._run_on_copy(inputs)
         given = {name: inputs[name] for name in self._inputs if name in inputs}
         if self._plain:
             values = {name: _wrap(name, value) for name, value in given.items()}
+            into = {out: values[source] for out, source in self._in_place.items()}
             callers = {value.data_ptr() for value in values.values()}
-            return {
+            results = {
                 name: from_ort(value).copy() if value.data_ptr() in callers else from_ort(value)
-                for name, value in self._run(values, {}).items()
+                for name, value in self._run(values, into).items()
             }
+            return {**results, **{out: inputs[source] for out, source in self._in_place.items()}}
         feeds = {name: _plain_feed(value) for name, value in given.items()}
         try:
             results = self.session.run(self._outputs, feeds)
@@ -155,33 +149,9 @@ class OnnxRuntimeExecutable(Executable):
             raise _translated(error) from error
         return dict(zip(self._outputs, results, strict=True))
 
-    def create_state(self, state: tuple[State, ...]) -> StateStore | None:
-        """Carried tensors as values of the runtime: caches that grow in place where they can."""
-        return OrtState(state, self._inputs, self._shared) if self._plain and state else None
-
-    def step(self, inputs: Mapping[str, Any], store: StateStore) -> dict[str, Any]:
-        """Run once on the state in ``store``, which becomes what comes out; nothing is copied."""
-        assert isinstance(store, OrtState)
-        given = {name: inputs[name] for name in self._inputs if name in inputs}
-        values = {name: _wrap(name, value) for name, value in given.items()}
-        values.update(store.feeds(values))
-        results = self._run(values, store.outputs())
-        store.take(results)
-        return {name: from_ort(value) for name, value in results.items()}
-
     def close(self) -> None:
         """Release the session and its memory."""
         self._session = None
-
-    def _run_on_copy(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """State passed as arrays: move it into buffers, step, and hand out what is in them."""
-        store = OrtState(self._state, self._inputs, self._shared)
-        for item in self._state:
-            store.import_array(item.name, as_numpy(inputs[item.input]))
-        carried = {item.input for item in self._state}
-        results = self.step({n: v for n, v in inputs.items() if n not in carried}, store)
-        results.update({item.output: store.export_array(item.name) for item in self._state})
-        return results
 
     def _run(
         self, values: Mapping[str, ort.OrtValue], into: Mapping[str, ort.OrtValue]

@@ -226,6 +226,15 @@ class Lowering:
             return [self.wrap(bound)]
         return [self.wrap(self.builder.emit(bound[i])) for i in range(len(kinds))]
 
+    def call_in_place(self, kernel: Any, operands: Sequence[Operand], name: str) -> Operand:
+        """Bind a call of a hand-written kernel that changes its first operand."""
+        var = self.builder.add_func(kernel.without_attr("global_symbol"), name)
+        target = operands[0]
+        kind = relax.TensorType(list(target.shape), target.stored)
+        arguments = relax.Tuple([self.expr(o) for o in operands])
+        bound = self.builder.emit(relax.op.call_tir_inplace(var, arguments, [0], kind))
+        return self.wrap(bound, target.dtype)
+
     # -- the walk ---------------------------------------------------------------------------
 
     def lower_node(self, node: ir.Node, converter: Converter) -> None:

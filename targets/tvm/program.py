@@ -15,6 +15,7 @@ from hal.errors import InputError, TargetError, UnsupportedError
 from hal.targets.tvm.dtypes import STORED_AS, from_storage, to_storage
 from hal.targets.tvm.lower import Port
 from hal.targets.tvm.pipeline import pipeline
+from hal.targets.tvm.weights import ALIGNMENT, shared_tensor
 
 DEFAULT_TARGET = {"kind": "llvm"}
 
@@ -80,6 +81,7 @@ class Program:
         outputs: Sequence[Port],
         weights: Sequence[tvm.runtime.Tensor],
         alive: Any = None,
+        in_place: Mapping[str, str] | None = None,
     ) -> None:
         self._machine = relax.VirtualMachine(library, tvm.cpu())
         self._main = self._machine["main"]
@@ -87,6 +89,8 @@ class Program:
         self.outputs = tuple(outputs)
         self._weights = list(weights)
         self._alive = alive
+        self._in_place = dict(in_place or {})
+        self._pools = set(self._in_place.values())
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run once; outputs by name.
@@ -96,6 +100,9 @@ class Program:
         """
         arguments = []
         for port in self.inputs:
+            if port.name in self._pools:
+                arguments.append(_shared(inputs[port.name]))
+                continue
             array = to_storage(np.asarray(inputs[port.name]), port.dtype)
             if array.dtype.name != STORED_AS[port.dtype]:
                 array = array.astype(STORED_AS[port.dtype])
@@ -111,6 +118,14 @@ class Program:
                 "check the shapes against the signature",
             ) from error
         return {
-            port.name: from_storage(result.numpy(), port.dtype)
+            port.name: inputs[self._in_place[port.name]]
+            if port.name in self._in_place
+            else from_storage(result.numpy(), port.dtype)
             for port, result in zip(self.outputs, results, strict=True)
         }
+
+
+def _shared(pool: np.ndarray) -> tvm.runtime.Tensor:
+    """A pool as a tensor over the same memory, which the program writes."""
+    assert pool.ctypes.data % ALIGNMENT == 0, "a pool that is not aligned would be copied"
+    return shared_tensor(pool.reshape(-1).view(np.uint8), pool.dtype.name, pool.shape)

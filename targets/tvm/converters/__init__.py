@@ -7,6 +7,7 @@ import onnx_ir as ir
 from hal.ir import HAL_DOMAIN
 from hal.targets.tvm.converters import (
     attention,
+    cache,
     cast,
     elementwise,
     hal_ops,
@@ -15,6 +16,7 @@ from hal.targets.tvm.converters import (
     nn,
     norm,
     quantize,
+    recurrent,
     reduce,
     rest,
     shape,
@@ -34,13 +36,18 @@ _FAMILIES = (
     norm,
     quantize,
     attention,
+    recurrent,
     nn,
     rest,
 )
 
 CONVERTERS: dict[tuple[str, str], Converter] = {
     ("", name): function for family in _FAMILIES for name, function in family.CONVERTERS.items()
-} | {(HAL_DOMAIN, name): function for name, function in hal_ops.CONVERTERS.items()}
+} | {
+    (HAL_DOMAIN, name): function
+    for family in (hal_ops, cache)
+    for name, function in family.CONVERTERS.items()
+}
 """Converters by domain and op type."""
 
 
