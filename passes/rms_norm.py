@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from hal.ir import Graph
@@ -13,7 +12,6 @@ from hal.passes._edit import (
     Editor,
     Rule,
     apply_rules,
-    array,
     attribute,
     dim,
     operand_orders,
@@ -21,7 +19,8 @@ from hal.passes._edit import (
     rank,
     single_use,
 )
-from hal.passes._forms import mean, over_root, per_channel, plus_epsilon, square
+from hal.passes._forms import over_root, per_channel, square
+from hal.passes._norm import attributes, mean_plus_epsilon, unit_weight, weight_after
 from hal.passes.base import Outcome, Pass
 
 
@@ -44,15 +43,14 @@ class FuseRmsNorm(Pass):
 
 def _normalize(edit: Editor, node: ir.Node) -> bool:
     for x, radicand in over_root(node):
-        parts = plus_epsilon(radicand)
-        averaged = mean(parts[0]) if parts is not None else None
-        if parts is None or averaged is None or square(averaged[0]) is not x:
+        averaged = mean_plus_epsilon(radicand)
+        if averaged is None or square(averaged[0]) is not x:
             continue
         axes, size = averaged[1], rank(x)
         extents = [dim(x, a) for a in axes]
         if size is None or None in extents:
             continue
-        return _emit(edit, node, x, parts[1], [e for e in extents if e is not None])
+        return _emit(edit, node, x, averaged[2], [e for e in extents if e is not None])
     return False
 
 
@@ -65,11 +63,14 @@ def _emit(edit: Editor, node: ir.Node, x: ir.Value, epsilon: float, extents: lis
         result, source = down.outputs[0], origin
     last, weight = _weighted(result, extents)
     if weight is None:
-        dtype = (source.dtype or ir.DataType.FLOAT).numpy()
-        weight = edit.constant(np.ones(extents, dtype=dtype), "ones")
-    attributes = {"axis": -len(extents), "epsilon": epsilon, "stash_type": 1}
-    owner = last.producer()
-    fused = edit.op("RMSNormalization", [source, weight], attributes, like=last, before=owner)
+        weight = unit_weight(edit, source, extents)
+    fused = edit.op(
+        "RMSNormalization",
+        [source, weight],
+        attributes(extents, epsilon),
+        like=last,
+        before=last.producer(),
+    )
     return edit.replace(last, fused)
 
 
@@ -90,22 +91,7 @@ def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
     return user if user.op_type == op_type and user.domain in ("", "ai.onnx") else None
 
 
-def _weight_after(edit: Editor, node: ir.Node) -> bool:
-    """``RMSNormalization(x, ones) * w`` is ``RMSNormalization(x, w)``."""
-    for source, weight in operand_orders(node):
-        norm = producer(source, "RMSNormalization")
-        ones = array(norm.inputs[1]) if norm is not None else None
-        if norm is None or ones is None or not single_use(source) or not np.all(ones == 1):
-            continue
-        if per_channel(weight, list(ones.shape)) and weight.dtype == source.dtype:
-            attributes = {k: a.value for k, a in norm.attributes.items()}
-            out = node.outputs[0]
-            fused = edit.op("RMSNormalization", [norm.inputs[0], weight], attributes, like=out)
-            return edit.replace(out, fused)
-    return False
-
-
 RULES: tuple[Rule, ...] = (
-    Rule("weight after norm", ("Mul",), _weight_after),
+    Rule("weight after norm", ("Mul",), weight_after("RMSNormalization")),
     Rule("rms norm", ("Mul", "Div"), _normalize),
 )
