@@ -8,9 +8,8 @@ many sequences together uses the former with a loop of its own.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -180,7 +179,6 @@ def decode(
     Raises:
         InputError: the session was used for something else in between, or ``held`` does not have
             as many ids as the state.
-        HalError: ``draft`` is given, and the state cannot go back (:meth:`Session.trim`).
     """
     counts = counts or DraftCount()
     lookup = PromptLookup(row.prompt_ids) if draft else None
@@ -202,8 +200,9 @@ def decode(
             token, text = row.accept(rows[index])
             goes_on = index < len(guess) and token == guess[index] and not row.finished
             position += 1
-            if not goes_on and index < len(guess):
-                session.trim(position)
+            # A state that cannot go back is built anew, and then no more is guessed.
+            if not (goes_on or index == len(guess) or _back(session, row, position, chunk)):
+                lookup = None
             yield token, text
             if not goes_on:
                 break
@@ -250,8 +249,15 @@ def decode_batch(
 
 
 def takes_lengths(session: Session) -> bool:
-    """Whether the session runs rows of different lengths together."""
-    return "lengths" in inspect.signature(session.run).parameters
+    """Whether the session runs rows of different lengths together.
+
+    It does if all its state is in pools that know each row's length; padding would get into state
+    that is carried by value.
+    """
+    plan = session.plan
+    if plan is None or not plan.ragged:
+        return False
+    return {state.name for state in session.states} <= {pool.state for pool in plan.pools}
 
 
 def _advance(session: Session, feed: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -268,8 +274,7 @@ def _advance(session: Session, feed: Sequence[Sequence[int]]) -> list[np.ndarray
     ids = np.zeros((len(feed), max(lengths)), np.int64)
     for index, tokens in enumerate(feed):
         ids[index, : len(tokens)] = tokens
-    run: Any = session.run
-    logits = run({session.inputs[0].name: ids}, lengths=lengths)["logits"]
+    logits = session.run({session.inputs[0].name: ids}, lengths=lengths)["logits"]
     return [logits[index, length - 1] for index, length in enumerate(lengths)]
 
 
@@ -287,6 +292,17 @@ def _prefill(session: Session, ids: Sequence[int], start: int, chunk: int) -> np
         _check_position(session, at)
         logits = run_ids(session, ids[at : at + chunk])[-1]
     return logits
+
+
+def _back(session: Session, row: Continuation, position: int, chunk: int) -> bool:
+    """Take the state back to a position; whether that went without running the tokens again."""
+    try:
+        session.trim(position)
+    except HalError:  # of fixed size, or a sliding window has moved on
+        session.reset()
+        _prefill(session, [*row.prompt_ids, *row.token_ids][:position], 0, chunk)
+        return False
+    return True
 
 
 def _keep(session: Session, held: Sequence[int], ids: Sequence[int]) -> int:

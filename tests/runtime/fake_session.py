@@ -50,6 +50,10 @@ class FakeSession:
             files=Files({"tokenizer/tokenizer.json": byte_tokenizer().encode(), **(files or {})}),
         )
         self.inputs = (types.SimpleNamespace(name="input_ids"),)
+        self.states = (types.SimpleNamespace(name="0.key"),)
+        self.plan: Any = types.SimpleNamespace(
+            ragged=True, pools=(types.SimpleNamespace(state="0.key"),)
+        )
         self.script = None if script is None else list(script.encode())
         self.rows: list[list[int]] = []
         self.prompt = 0
@@ -89,10 +93,16 @@ class FakeSession:
 
 
 class OneRowSession(FakeSession):
-    """A session that takes no rows of different lengths, and whose state cannot go back."""
+    """A session whose state is carried by value: no rows of different lengths."""
 
-    def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:  # type: ignore[override]
-        assert len(inputs["input_ids"]) == 1
+    def __init__(self, script: str | None = None) -> None:
+        super().__init__(script)
+        self.plan = None
+
+    def run(
+        self, inputs: Mapping[str, Any], lengths: Sequence[int] | None = None
+    ) -> dict[str, np.ndarray]:
+        assert lengths is None
         return super().run(inputs)
 
 

@@ -21,6 +21,10 @@ def says(text: str, prompt: str = "p", **metadata: Any) -> Any:
     return session
 
 
+def cannot_go_back(length: int) -> None:
+    raise UnsupportedError("the state cannot go back")
+
+
 def fake(**metadata: Any) -> Any:
     return FakeSession(**metadata)
 
@@ -142,11 +146,7 @@ def test_a_state_that_cannot_go_back_is_built_anew() -> None:
     session = fake()
     first = generate(session, [1, 2, 3], max_new_tokens=3)
     list(first)
-
-    def trim(length: int) -> None:
-        raise UnsupportedError("the state cannot go back")
-
-    session.trim = trim
+    session.trim = cannot_go_back
     tokens = list(generate(session, [1, 9], max_new_tokens=3, held=first.held_ids))
     assert tokens == list(generate(fake(), [1, 9], max_new_tokens=3))
 
@@ -194,6 +194,15 @@ def test_look_up_saves_runs_on_text_that_repeats() -> None:
     assert steps.text() == "the cat. " * 10
     assert len(session.calls) < 25
     assert steps.stats()["draft_tokens_kept"] == 90 - len(session.calls)
+
+
+def test_look_up_goes_on_without_guesses_where_the_state_cannot_go_back() -> None:
+    session = fake()
+    prompt = [1, 2, 1, 2, 1, 2, 7, 1, 2]
+    session.trim = cannot_go_back
+    steps = generate(session, prompt, prompt_lookup=3, max_new_tokens=9)
+    assert list(steps) == list(generate(fake(), prompt, max_new_tokens=9))
+    assert session.rows == [steps.held_ids]
 
 
 def test_look_up_stops_where_the_text_stops() -> None:
