@@ -40,32 +40,71 @@ def evaluate(
         InputError: an input is missing.
         GraphError: ``outputs`` names no value, or neither evaluator can run the graph.
     """
-    for value in graph.graph.inputs:
-        if value.name not in inputs and value.name not in graph.graph.initializers:
-            raise InputError(
-                f"input {value.name!r} is missing",
-                "given: " + (", ".join(inputs) or "nothing"),
-            )
-    proto, weights = _weightless(graph, outputs)
-    feeds = {**inputs, **weights}
-    names = [value.name for value in proto.graph.output]
-    failures: list[str] = []
-    for attempt in _variants(proto):
+    return Evaluator(graph, outputs)(inputs)
+
+
+class Evaluator:
+    """:func:`evaluate` for many calls on one graph, which must not change meanwhile."""
+
+    def __init__(self, graph: Graph, outputs: list[str] | None = None) -> None:
+        """See :func:`evaluate`.
+
+        Raises:
+            GraphError: ``outputs`` names no value.
+        """
+        self._name = graph.name
+        self._needed = [
+            value.name or ""
+            for value in graph.graph.inputs
+            if value.name not in graph.graph.initializers
+        ]
+        self._proto, self._weights = _weightless(graph, outputs)
+        self._names = [value.name for value in self._proto.graph.output]
+        self._session: ort.InferenceSession | None = None
+
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The named values for these inputs.
+
+        Raises:
+            InputError: an input is missing.
+            GraphError: neither evaluator can run the graph.
+        """
+        for name in self._needed:
+            if name not in inputs:
+                raise InputError(
+                    f"input {name!r} is missing",
+                    "given: " + (", ".join(inputs) or "nothing"),
+                )
+        feeds = {**inputs, **self._weights}
+        failures: list[str] = []
+        if self._session is not None:
+            try:
+                return self._results(_run_ort(self._session, feeds, self._names))
+            except Exception as error:  # noqa: BLE001 - other inputs may need another evaluator
+                failures.append(f"onnxruntime: {_first_line(error)}")
+        for attempt in _variants(self._proto):
+            try:
+                session = _ort_session(attempt)
+                found = self._results(_run_ort(session, feeds, self._names))
+            except Exception as error:  # noqa: BLE001 - the next evaluator may know the op
+                failures.append(f"onnxruntime: {_first_line(error)}")
+            else:
+                self._session = session
+                return found
         try:
-            return dict(zip(names, _run_ort(attempt, feeds, names), strict=True))
-        except Exception as error:  # noqa: BLE001 - the next evaluator may know the op
-            failures.append(f"onnxruntime: {_first_line(error)}")
-    try:
-        evaluator = onnx.reference.ReferenceEvaluator(proto)
-        arrays = {name: _plain(value) for name, value in feeds.items()}
-        found = dict(zip(names, evaluator.run(None, arrays), strict=True))
-        return {v.name: _unwrapped(found[v.name], v.type) for v in proto.graph.output}
-    except Exception as error:
-        failures.append(f"onnx.reference: {_first_line(error)}")
-        raise GraphError(
-            f"no reference evaluator runs {graph.name!r} ({'; '.join(failures)})",
-            "check the graph with hal.ir.verify",
-        ) from error
+            evaluator = onnx.reference.ReferenceEvaluator(self._proto)
+            arrays = {name: _plain(value) for name, value in feeds.items()}
+            found = self._results(evaluator.run(None, arrays))
+            return {v.name: _unwrapped(found[v.name], v.type) for v in self._proto.graph.output}
+        except Exception as error:
+            failures.append(f"onnx.reference: {_first_line(error)}")
+            raise GraphError(
+                f"no reference evaluator runs {self._name!r} ({'; '.join(failures)})",
+                "check the graph with hal.ir.verify",
+            ) from error
+
+    def _results(self, values: list[Any]) -> dict[str, Any]:
+        return dict(zip(self._names, values, strict=True))
 
 
 def _variants(proto: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
@@ -117,13 +156,20 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from (value for value in node.outputs if value.name)
 
 
-def _run_ort(proto: onnx.ModelProto, feeds: Mapping[str, Any], names: list[str]) -> list[Any]:
+def _ort_session(proto: onnx.ModelProto) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(
+    # An arena lives as long as any result does, with room for the largest of all values.
+    options.enable_cpu_mem_arena = False
+    return ort.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
+
+
+def _run_ort(
+    session: ort.InferenceSession, feeds: Mapping[str, Any], names: list[str]
+) -> list[Any]:
     wanted = {value.name: value for value in session.get_inputs()}
     given = {name: feeds[name] for name in wanted if name in feeds}
     plain = all(v.type.startswith("tensor") and "string" not in v.type for v in wanted.values())

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hal import GraphError, InputError
-from hal.ir.evaluate import evaluate
+from hal.ir.evaluate import Evaluator, evaluate
 from hal.ir.ortvalue import from_ort, to_ort
 from tests.graphs import graph_of, mlp, value
 
@@ -35,6 +35,18 @@ def test_an_unknown_value_is_an_error_with_a_suggestion() -> None:
 def test_a_missing_input_is_named() -> None:
     with pytest.raises(InputError, match="input 'x' is missing"):
         evaluate(mlp(), {})
+
+
+def test_an_evaluator_serves_many_calls_and_leaves_earlier_results_alone() -> None:
+    graph = mlp()
+    evaluator = Evaluator(graph)
+    rng = np.random.default_rng(2)
+    inputs = [rng.standard_normal((rows, 32), np.float32) for rows in (3, 3, 1)]
+    found = [evaluator({"x": x})["y"] for x in inputs]
+    for x, y in zip(inputs, found, strict=True):
+        assert np.array_equal(y, evaluate(graph, {"x": x})["y"])
+    with pytest.raises(InputError, match="input 'x' is missing"):
+        evaluator({})
 
 
 def test_what_onnxruntime_lacks_goes_through_the_reference_evaluator() -> None:
