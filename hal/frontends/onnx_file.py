@@ -110,9 +110,10 @@ def _to_ir(path: Path, proto: onnx.ModelProto) -> ir.Model:
     try:
         model = ir.serde.deserialize_model(proto)
     except Exception as error:  # noqa: BLE001  anything can be in a file
-        while error.__cause__ is not None:  # the outer ones only say where the reader was
-            error = error.__cause__
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the outer ones only say where the reader was
+            cause = cause.__cause__
+        line = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]
         raise ModelError(f"the graph is malformed: {line}", "export the model again") from None
     ir.external_data.set_base_dir(model.graph, str(path.parent.resolve()))
     if version is not None and version < 21 and _uses(model, "GroupNormalization"):
