@@ -21,7 +21,7 @@ from hal.targets.backend import LoadContext
 
 if TYPE_CHECKING:
     from hal.bundle.bundle import Bundle
-    from hal.runtime.generate import Generated
+    from hal.runtime.generate import Completion, Generated, Prompt
 
 
 class Session:
@@ -273,18 +273,35 @@ class Session:
 
         return teacher_forced_logits(self, ids)
 
-    def generate(self, prompt: str | list[int] | np.ndarray, **options: Any) -> Generated:
+    def generate(self, prompt: Prompt, **options: Any) -> Generated:
         """Continue a prompt; see :func:`hal.runtime.generate.generate` for the options.
 
+        Args:
+            prompt: text, the messages of a chat, or token ids.
+
         Returns:
-            An iterator of text pieces for a text prompt, of token ids for ids.
+            An iterator of token ids for a prompt of ids, of text pieces otherwise.
 
         Raises:
-            InputError: the model is no language model, or has no tokenizer for a text prompt.
+            InputError: the model is no language model, has no tokenizer for text or no template
+                for a chat, or an option is wrong.
         """
         from hal.runtime.generate import generate
 
         return generate(self, prompt, **options)
+
+    def generate_batch(self, prompts: Iterable[Prompt], **options: Any) -> list[Completion]:
+        """Continue several prompts together; see :func:`hal.runtime.generate.generate_batch`.
+
+        Returns:
+            One completion for each prompt, in order.
+
+        Raises:
+            InputError: as :meth:`generate`, naming the prompt; or there are no prompts.
+        """
+        from hal.runtime.generate import generate_batch
+
+        return generate_batch(self, prompts, **options)
 
     def close(self) -> None:
         """Release the executable."""
