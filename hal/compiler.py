@@ -7,12 +7,10 @@ failed compile leaves nothing behind.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,8 @@ from safetensors.numpy import save_file
 import hal
 from hal import frontends
 from hal.bundle.build import build_target
-from hal.bundle.bundle import Bundle, load, load_graph
-from hal.bundle.files import BundleFiles, checked_path, pack, unpack
+from hal.bundle.bundle import Bundle, load_graph
+from hal.bundle.files import BundleFiles, unpack
 from hal.bundle.manifest import (
     GRAPH,
     MANIFEST,
@@ -36,7 +34,8 @@ from hal.bundle.manifest import (
     digest_path,
     write_manifest,
 )
-from hal.errors import BundleError, HalError, InputError, TargetError
+from hal.bundle.output import bundle_writer
+from hal.errors import HalError, InputError, TargetError
 from hal.ir import Graph, TensorSpec
 from hal.ir.cache_plan import CachePlan
 from hal.ir.verify import verify as verify_graph
@@ -46,7 +45,6 @@ from hal.passes.base import Pipeline
 from hal.passes.cache_layout import CacheLayout
 from hal.runtime import verification
 from hal.runtime.arrays import check_inputs
-from hal.runtime.cache import scratch_folder
 from hal.runtime.cache_options import CacheOptions, parse_kv_cache
 from hal.runtime.session import Session, find_build
 from hal.targets import ResolvedTarget, load_backend, resolve
@@ -109,7 +107,7 @@ def compile(
     targets = check_options(target, quantize, kv_cache)
     options = parse_kv_cache(kv_cache)
     job = _Job(targets, verify, fallback, options, progress or (lambda _: None))
-    with _bundle_writer(output) as (folder, finish):
+    with bundle_writer(output) as (folder, finish):
         job.say("reading the model")
         loaded = frontends.load(model, inputs, dynamic)
         graph = loaded.graph
@@ -144,7 +142,7 @@ def retarget(
     targets = check_options(target, None, kv_cache or "auto")
     options = parse_kv_cache(kv_cache) if kv_cache else _layout_of(bundle)
     job = _Job(targets, verify, fallback, options, progress or (lambda _: None))
-    with _bundle_writer(output) as (folder, finish):
+    with bundle_writer(output) as (folder, finish):
         job.say("copying the neutral graph and weights")
         manifest = bundle.manifest.model_copy(deep=True)
         manifest.builds = {}
@@ -430,88 +428,3 @@ def check_options(
                 f"pip install 'hal-compiler[{item.backend}]', or choose another route",
             )
     return targets
-
-
-# -- output -----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _bundle_writer(output: str | Path | None) -> Iterator[tuple[Path, Callable[[Path], Bundle]]]:
-    """Yield a scratch folder and the function that makes it the output; clean up otherwise.
-
-    Raises:
-        InputError: the output is no path.
-        BundleError: the output cannot be written (missing folder, no permission, no space).
-    """
-    if output is None:
-        scratch = tempfile.TemporaryDirectory(prefix="hal-")
-        folder = Path(scratch.name) / "bundle"
-        folder.mkdir()
-        with _readable_os_errors(folder):
-            yield folder, lambda path: Bundle(BundleFiles.open(path), _manifest_of(path), scratch)
-        return
-    goal = checked_path(output, "output")
-    with _readable_os_errors(goal):
-        if not goal.parent.is_dir():
-            raise BundleError(f"folder {goal.parent} does not exist", f"mkdir -p {goal.parent}")
-        if goal.is_dir() and any(goal.iterdir()) and not (goal / MANIFEST).exists():
-            raise BundleError(
-                f"{goal} is a folder that is not a bundle", "choose another output name"
-            )
-        if goal.exists() and not goal.is_dir() and not _is_bundle_file(goal):
-            raise BundleError(
-                f"{goal} exists and is not a bundle", "choose another output name, or remove it"
-            )
-        with scratch_folder(goal.parent, f".{goal.name}.tmp-") as scratch_path:
-            folder = scratch_path / "bundle"
-            folder.mkdir()
-            yield folder, lambda path: _publish(path, goal)
-
-
-def _is_bundle_file(path: Path) -> bool:
-    try:
-        return MANIFEST in BundleFiles.open(path)
-    except BundleError:
-        return False
-
-
-def _publish(folder: Path, goal: Path) -> Bundle:
-    result = folder
-    if goal.suffix == ".hal":
-        result = folder.parent / "packed.hal"
-        pack(folder, result)
-    old = None
-    if goal.is_dir() or (goal.exists() and result.is_dir()):
-        old = folder.parent / "old"
-        goal.rename(old)
-    try:
-        result.rename(goal)
-    except OSError:
-        if old is not None:
-            old.rename(goal)
-        raise
-    return load(goal)
-
-
-def _manifest_of(folder: Path) -> Manifest:
-    return Manifest.model_validate_json((folder / MANIFEST).read_text())
-
-
-@contextlib.contextmanager
-def _readable_os_errors(where: Path) -> Iterator[None]:
-    reasons = {
-        errno.ENOSPC: "no space left on the device",
-        errno.EDQUOT: "the disk quota is used up",
-        errno.EROFS: "the file system is read-only",
-        errno.EACCES: "permission denied",
-        errno.EPERM: "permission denied",
-        errno.ENAMETOOLONG: "the name is too long",
-    }
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in reasons:
-            raise
-        raise BundleError(
-            f"cannot write {where}: {reasons[error.errno]}", "choose another output, or make room"
-        ) from error

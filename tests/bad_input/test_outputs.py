@@ -29,7 +29,11 @@ def test_an_output_in_a_folder_that_does_not_exist_is_refused(
     assert files.listing(tmp_path).keys() == {"mlp.onnx"}
 
 
-STEPS = ["write_weights", "_write_samples", "build_target", "write_manifest", "pack"]
+STEPS = [
+    *(f"compiler.{name}" for name in ("write_weights", "_write_samples")),
+    *(f"compiler.{name}" for name in ("build_target", "write_manifest")),
+    "bundle.output.pack",
+]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -49,7 +53,7 @@ def test_an_output_that_cannot_be_written_is_told_at_every_step(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(code, os.strerror(code), "somewhere")
 
-    monkeypatch.setattr(f"hal.compiler.{step}", fail)
+    monkeypatch.setattr(f"hal.{step}", fail)
     with pytest.raises(hal.BundleError) as caught:
         hal.compile(model, target=ROUTE, output=tmp_path / "mlp.hal")
     assert caught.value.message == f"cannot write {tmp_path / 'mlp.hal'}: {reason}"
