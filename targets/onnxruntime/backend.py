@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from hal.descriptor import Descriptor, OnnxRuntimeRoute, Route
 from hal.errors import UnsupportedError, did_you_mean
-from hal.ir import HAL_DOMAIN, OPSET, Graph
+from hal.ir import HAL_DOMAIN, OPSET, Graph, subgraphs
 from hal.ir.cache_plan import in_place
 from hal.ir.ops import ensure_functions
 from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
@@ -151,24 +151,22 @@ def _opsets(node: ir.Node) -> dict[str, int]:
     return dict(node.graph.opset_imports) if node.graph is not None else {"": OPSET}
 
 
+def _captured(node: ir.Node) -> Iterator[ir.Value]:
+    """Values that the subgraphs of ``node`` read from outside of it."""
+    inside = dict.fromkeys(g for inner in _with_subgraphs(node) for g in subgraphs(inner))
+    for inner in _with_subgraphs(node):
+        if inner is not node:
+            yield from (v for v in inner.inputs if v is not None and v.graph not in inside)
+    for graph in inside:
+        yield from (v for v in graph.outputs if v.graph not in inside)
+
+
 def _alone(node: ir.Node, opsets: dict[str, int]) -> Graph:
-    """A graph of a copy of ``node`` and nothing else; inputs have its types."""
-    inputs = {
-        v.name: ir.Value(name=v.name, type=v.type, shape=v.shape)
-        for v in node.inputs
-        if v is not None
-    }
-    copy = ir.Node(
-        node.domain,
-        node.op_type,
-        [None if v is None else inputs[v.name] for v in node.inputs],
-        list(node.attributes.values()),
-        num_outputs=len(node.outputs),
-        name=node.name,
-    )
-    for mine, other in zip(copy.outputs, node.outputs, strict=True):
-        mine.name, mine.type, mine.shape = other.name, other.type, other.shape
-    body = ir.Graph(list(inputs.values()), copy.outputs, nodes=[copy], opset_imports=opsets)
+    """A graph of a copy of ``node`` and nothing else; what it reads are inputs of its types."""
+    values = dict.fromkeys(v for v in node.inputs if v is not None)
+    values |= dict.fromkeys(_captured(node))
+    view = ir.GraphView(list(values), node.outputs, nodes=[node], opset_imports=opsets)
+    body = view.clone()
     model = ir.Model(body, ir_version=_IR_VERSION)
     ensure_functions(model)
     return Graph(model)

@@ -158,6 +158,21 @@ def test_a_node_is_claimed_by_kernel_or_body_and_refused_with_a_reason() -> None
     assert "Asin(22) does not take double" in reason
 
 
+def test_a_refused_node_may_have_a_subgraph_that_reads_from_outside() -> None:
+    (node,) = (
+        n
+        for n in parse(
+            """g (float[1, 1, 2, 2] q, float bias) => (float[1, 1, 2, 2] y) {
+                y = ai.onnx.preview.FlexAttention (q, q, q) <score_mod = m
+                    (float[1, 1, 2, 2] s) => (float[1, 1, 2, 2] t) { t = Add (s, bias) }>
+            }"""
+        ).graph
+    )
+    verdict = OnnxRuntimeBackend().supports(node, descriptor())
+    assert not verdict.claimed
+    assert "FlexAttention" in verdict.reason
+
+
 def test_the_backend_is_always_present() -> None:
     probe = OnnxRuntimeBackend().probe()
     assert probe.status == "present"
