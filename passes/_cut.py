@@ -27,9 +27,10 @@ from hal.descriptor import Descriptor
 from hal.ir.graph import dtype_name
 from hal.passes._tokens import TokenPaths
 
-DEFAULT_BALANCE = 16.0
-"""Operations per byte where the descriptor does not say: some hundred Gflop/s of a small machine's
-vector units over some tens of GB/s of its memory. Larger machines have more."""
+DEFAULT_BALANCE = 4.0
+"""Operations per byte where the descriptor does not say. Low on purpose: small machines do some
+hundred Gflop/s on some tens of GB/s, at best; on one that nobody has described, arithmetic must pay
+clearly before it is traded for bytes."""
 
 _UNIT = 1 << 20
 """Capacities are whole numbers of 1/_UNIT bytes; one of them per op breaks ties."""

@@ -87,6 +87,7 @@ class KvCache(Pass):
             "states": names,
             "bytes_exported": exported,
             "bytes": chosen.bytes,
+            "bytes_expanded": options[0].bytes,
             "price": round(chosen.price),
             "cut": [_described(paths, v) for v in chosen.cut],
             "alternatives": [_option_json(o) for o in options if o is not chosen],
@@ -100,20 +101,25 @@ class KvCache(Pass):
             return [plain]
         fewest = self.mode == "latent"
         again = recomputed(paths, balance, fewest=fewest)
-        options = [plain, absorbed(paths, balance, fewest=fewest)]
-        return [*options, again] if again.form != "expanded" else options
+        others = [absorbed(paths, balance, fewest=fewest), again]
+        return [plain, *(o for o in others if set(o.cut) != set(plain.cut))]
 
     def _outcome(self, graph: Graph, layers: list[dict[str, Any]]) -> Outcome:
         if not layers:
             return Outcome(0)
         graph.metadata["cache"] = {"mode": self.mode, "layers": layers}
-        known = [layer for layer in layers if "bytes" in layer]
         forms = [layer["form"] for layer in layers]
         details: dict[str, Any] = {form: forms.count(form) for form in dict.fromkeys(forms)}
+        known = [layer for layer in layers if "bytes" in layer]
         if known:
-            before = sum(layer["bytes_exported"] for layer in known)
-            after = sum(layer["bytes"] for layer in known)
-            details["bytes per token"] = f"{before:,} -> {after:,}"
+            before, after, plain = (
+                sum(layer[key] for layer in known)
+                for key in ("bytes_exported", "bytes", "bytes_expanded")
+            )
+            details["bytes per token"] = f"{before:,} exported, {after:,} carried"
+            details["as keys and values"] = f"{plain:,}"
+            cuts = {" + ".join(c.get("op", "input") for c in layer["cut"]) for layer in known}
+            details["cut after"] = " or ".join(sorted(cuts))
         return Outcome(sum(layer.get("changed", False) for layer in layers), details)
 
 
@@ -145,7 +151,7 @@ def _require_latent(layers: list[dict[str, Any]]) -> None:
     """Raise unless some layer carries fewer bytes than its keys and values."""
     smallest = ""
     for layer in layers:
-        if layer["form"] in ("latent", "recomputed"):
+        if "bytes" in layer and layer["bytes"] < layer["bytes_expanded"]:
             return
         cut = " + ".join(f"{c['value']!r}" for c in layer.get("cut", []))
         if cut and not smallest:
@@ -162,11 +168,12 @@ def _place(node: ir.Node) -> str:
 
 def _described(paths: TokenPaths, value: ir.Value) -> dict[str, Any]:
     maker = value.producer()
-    return {
-        "value": value.name,
-        "op": maker.op_type if maker is not None else "input",
-        "bytes": paths.bytes(value),
-    }
+    found = {"value": value.name, "bytes": paths.bytes(value)}
+    if maker is not None:
+        found["op"] = maker.op_type
+        if SCOPE_KEY in maker.metadata_props:
+            found["scope"] = maker.metadata_props[SCOPE_KEY]
+    return found
 
 
 def _option_json(option: Option) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def inspect_command(
     for title in ("inputs", "outputs"):
         print_signature(title, [(s["name"], s["dtype"], s["dims"]) for s in facts[title]])
     _print_state(facts["state"])
+    _print_cache(facts["cache"])
     print_table("ops of the neutral graph", ("op", "count"), facts["ops"].items())
     print_builds(builds)
     if explain and facts.get("passes"):
@@ -99,6 +100,7 @@ def _graph_facts(graph: Graph) -> dict[str, Any]:
         "outputs": [_spec_json(s) for s in signature.outputs],
         "state": state,
         "state_bytes_per_token": sum(_bytes_per_token(s) for s in state),
+        "cache": graph.metadata.get("cache"),
         "ops": dict(ops.most_common()),
     }
 
@@ -134,3 +136,28 @@ def _print_state(state: list[dict[str, Any]]) -> None:
     ]
     if rows:
         print_table("carried state", ("name", "kind", "dtype", "dims", "axes"), rows)
+
+
+def _print_cache(cache: dict[str, Any] | None) -> None:
+    """What each attention carries, what it was exported with, and what else was possible."""
+    rows = collections.Counter(_cache_row(layer) for layer in (cache or {}).get("layers", []))
+    if not rows:
+        return
+    print_table(
+        "what is carried per token of one sequence",
+        ("layers", "form", "exported", "carried", "cut after", "instead"),
+        [(count, *row) for row, count in rows.items()],
+    )
+
+
+def _cache_row(layer: dict[str, Any]) -> tuple[str, ...]:
+    """One attention as text; equal layers give equal rows."""
+    if "bytes" not in layer:
+        return layer["form"], "", "", layer.get("reason", ""), ""
+    cut = " + ".join(f"{c.get('op', 'input')} {format_bytes(c['bytes'])}" for c in layer["cut"])
+    others = ", ".join(
+        f"{o['form']} {format_bytes(o['bytes'])} (price {o['price']:,})"
+        for o in layer["alternatives"]
+    )
+    price = f"{format_bytes(layer['bytes'])} (price {layer['price']:,})"
+    return layer["form"], format_bytes(layer["bytes_exported"]), price, cut, others

@@ -58,6 +58,7 @@ def legalize(graph: Graph) -> Graph:
     model, version = _inline_what_lacks_kernels(model)
     _stamp(model, version)
     _enter_loops_with_scalars(model)
+    _name_presents(model)
     used = {node.op_identifier() for node in model.graph.all_nodes()}
     for identifier in [i for i in model.functions if i not in used]:
         del model.functions[identifier]
@@ -238,6 +239,20 @@ def _enter_loops_with_scalars(model: ir.Model) -> None:
         assert node.graph is not None
         node.graph.insert_before(node, scalar)
         node.replace_input_with(1, result)
+
+
+def _name_presents(model: ir.Model) -> None:
+    """Give ``Attention`` with past keys and values all its outputs; the kernel insists on them."""
+    for node in model.graph.all_nodes():
+        if node.op_type != "Attention" or node.domain or len(node.inputs) < 6:
+            continue
+        if node.inputs[4] is None and node.inputs[5] is None:
+            continue
+        node.resize_outputs(max(3, len(node.outputs)))
+        for value, kind in zip(node.outputs[1:3], ("key", "value"), strict=True):
+            if not value.name:
+                value.name = f"{node.outputs[0].name}/present_{kind}"
+                value.type = node.outputs[0].type
 
 
 class _Casts:
