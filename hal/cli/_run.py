@@ -1,16 +1,16 @@
-"""``hal run``: a bundle on arrays from files, on random inputs, or on a prompt."""
+"""``hal run``: a bundle on arrays from files, on random inputs, on a prompt, or in a chat."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hal.cli._options import BundlePath, Dims, Json, Seed, Target, Threads, open_bundle, parse_dims
+from hal.cli._generate import Task, run_task
+from hal.cli._options import BundlePath, Dims, Json, Target, Threads, open_bundle, parse_dims
 from hal.cli._output import print_json, print_line, print_table
 from hal.errors import InputError
 
@@ -30,14 +30,52 @@ def run_command(
     random_inputs: Annotated[
         bool, typer.Option("--random-inputs", help="Make up the inputs that are not given.")
     ] = False,
-    seed: Seed = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Seed of random inputs and of sampling.")
+    ] = 0,
     dim: Dims = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="Text to continue (language models).")
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="Chat: a message a line from stdin, or --prompt as the only one."
+        ),
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option("--system", help="The system message of a chat.")
+    ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Limit for --prompt.")
+        int, typer.Option("--max-new-tokens", min=1, help="Most tokens to generate.")
     ] = 64,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Of the draw; 0: always the best token.")
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", help="Draw from the K best tokens only.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", help="Draw from the best tokens that have this probability."),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option("--min-p", help="Draw from tokens this fraction as likely as the best."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", help="Above 1: what occurred is less likely.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="A text that ends generation; repeatable.")
+    ] = None,
+    prompt_lookup: Annotated[
+        int | None,
+        typer.Option("--prompt-lookup", metavar="N", help="Guess N tokens ahead from the context."),
+    ] = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Print rates and the size of the carried state.")
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="OUT.npz", help="Where the outputs are written."),
@@ -46,13 +84,27 @@ def run_command(
     json: Json = False,
 ) -> None:
     """Run a bundle once; print each output's shape and digest, or the generated text."""
-    if prompt is None and not inputs and not random_inputs:
+    if prompt is None and not chat and not inputs and not random_inputs:
         raise InputError(
-            "there is nothing to run on", "give --input name=file.npy, --random-inputs or --prompt"
+            "there is nothing to run on",
+            "give --input name=file.npy, --random-inputs, --prompt or --chat",
         )
+    if system is not None and not chat:
+        raise InputError("--system is given without --chat", "add --chat, or leave it out")
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop,
+        "seed": seed,
+        "prompt_lookup": prompt_lookup,
+    }
     with open_bundle(bundle).session(target, threads=threads) as session:
-        if prompt is not None:
-            _generate(session, prompt, max_new_tokens, json)
+        if prompt is not None or chat:
+            run_task(session, Task(prompt, chat, system, options, stats, json))
             return
         arrays = read_arrays(inputs or [])
         if random_inputs:
@@ -62,33 +114,6 @@ def run_command(
     if output is not None:
         write_arrays(output, outputs)
     _print_outputs(name, outputs, output, json)
-
-
-def _generate(session: Session, prompt: str, limit: int, as_json: bool) -> None:
-    steps = session.generate(prompt, max_new_tokens=limit)
-    pieces = []
-    for piece in steps:
-        pieces.append(piece)
-        if not as_json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    count = len(steps.token_ids)
-    rate = count / steps.seconds if steps.seconds else None
-    if as_json:
-        print_json(
-            {
-                "target": session.target,
-                "prompt": prompt,
-                "text": "".join(pieces),
-                "token_ids": steps.token_ids,
-                "seconds": steps.seconds,
-                "seconds_to_first_token": steps.seconds_to_first_token,
-                "tokens_per_second": rate,
-            }
-        )
-        return
-    print_line()
-    print_line(f"[{count} tokens on {session.target}, {rate or 0:.1f} tokens/s]")
 
 
 def _random(session: Session, seed: int, extents: Mapping[str, int]) -> dict[str, Any]:

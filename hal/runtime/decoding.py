@@ -145,10 +145,17 @@ class Continuation:
 
 
 @dataclasses.dataclass
-class DraftCount:
-    """How many guessed tokens were tried, and how many of them the model agreed with."""
+class Counts:
+    """Tokens that were not run one by one.
 
-    tried: int = 0
+    Attributes:
+        reused: tokens of the prompt that the state held already.
+        guessed: tokens that were guessed by prompt look-up and run.
+        kept: those of them that the model agreed with.
+    """
+
+    reused: int = 0
+    guessed: int = 0
     kept: int = 0
 
 
@@ -159,7 +166,7 @@ def decode(
     chunk: int,
     draft: int = 0,
     held: Sequence[int] = (),
-    counts: DraftCount | None = None,
+    counts: Counts | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Run a session until the continuation ends, from position 0.
 
@@ -171,7 +178,7 @@ def decode(
             depend on it.
         held: ids that the session's state holds already, from position 0; what they have in
             common with the prompt is not run again.
-        counts: filled with what became of the guesses.
+        counts: filled in as it goes.
 
     Yields:
         Token and text, as :meth:`Continuation.accept` returns them.
@@ -180,9 +187,10 @@ def decode(
         InputError: the session was used for something else in between, or ``held`` does not have
             as many ids as the state.
     """
-    counts = counts or DraftCount()
+    counts = counts or Counts()
     lookup = PromptLookup(row.prompt_ids) if draft else None
     start = _keep(session, held, row.prompt_ids)
+    counts.reused = start
     logits = _prefill(session, row.prompt_ids, start, chunk)
     token, text = row.accept(logits)
     position = session.position
@@ -195,7 +203,7 @@ def decode(
             # The last token of all need not be run, so there is room for one guess less.
             guess = lookup.draft(min(draft, row.room - 1))
         rows = run_ids(session, [token, *guess])
-        counts.tried += len(guess)
+        counts.guessed += len(guess)
         for index in range(len(rows)):
             token, text = row.accept(rows[index])
             goes_on = index < len(guess) and token == guess[index] and not row.finished

@@ -21,7 +21,7 @@ from hal.errors import InputError, did_you_mean
 from hal.runtime.chat import ChatTemplate, Message, is_messages
 from hal.runtime.decoding import (
     Continuation,
-    DraftCount,
+    Counts,
     FinishReason,
     Rules,
     decode,
@@ -131,16 +131,16 @@ class Generated:
             ``"length"`` (``max_new_tokens``, or the model's last position).
         seconds_to_first_token: the time that the prompt took, None before.
         seconds: time spent generating so far; the caller's own between two items is not counted.
-        drafts: how prompt look-up fared.
+        counts: tokens that were reused, guessed, and kept of the guesses.
     """
 
     def __init__(
-        self, row: Continuation, steps: Iterator[tuple[int, str]], text: bool, drafts: DraftCount
+        self, row: Continuation, steps: Iterator[tuple[int, str]], text: bool, counts: Counts
     ) -> None:
         self._row = row
         self._steps = steps
         self._text = text
-        self.drafts = drafts
+        self.counts = counts
         self.seconds_to_first_token: float | None = None
         self.seconds = 0.0
 
@@ -183,23 +183,25 @@ class Generated:
         """Figures so far.
 
         Returns:
-            ``prompt_tokens``, ``new_tokens``, ``prefill_seconds``, ``decode_seconds`` (after the
-            first token), ``prefill_tokens_per_second``, ``decode_tokens_per_second``,
-            ``finish_reason``, ``draft_tokens`` and ``draft_tokens_kept``; None where nothing was
-            measured.
+            ``prompt_tokens``, ``reused_tokens`` (those of them that the state held already),
+            ``new_tokens``, ``prefill_seconds``, ``decode_seconds`` (after the first token),
+            ``prefill_tokens_per_second`` (of those that were run), ``decode_tokens_per_second``,
+            ``finish_reason``, ``guessed_tokens`` and ``guessed_tokens_kept``; None where nothing
+            was measured.
         """
         first = self.seconds_to_first_token
         later = None if first is None else self.seconds - first
         return {
             "prompt_tokens": len(self.prompt_ids),
+            "reused_tokens": self.counts.reused,
             "new_tokens": len(self.token_ids),
             "prefill_seconds": first,
             "decode_seconds": later,
-            "prefill_tokens_per_second": _rate(len(self.prompt_ids), first),
+            "prefill_tokens_per_second": _rate(len(self.prompt_ids) - self.counts.reused, first),
             "decode_tokens_per_second": _rate(len(self.token_ids) - 1, later),
             "finish_reason": self.finish_reason,
-            "draft_tokens": self.drafts.tried,
-            "draft_tokens_kept": self.drafts.kept,
+            "guessed_tokens": self.counts.guessed,
+            "guessed_tokens_kept": self.counts.kept,
         }
 
 
@@ -288,10 +290,10 @@ def generate(
     )
     _check_language_model(session)
     row = _continuation(session, prompt, options, _tokenizer(session, options, [prompt]), 0)
-    drafts = DraftCount()
+    counts = Counts()
     chunk = options.prefill_chunk or PREFILL_CHUNK
-    steps = decode(session, row, chunk=chunk, draft=prompt_lookup or 0, held=held, counts=drafts)
-    return Generated(row, steps, _is_text(prompt), drafts)
+    steps = decode(session, row, chunk=chunk, draft=prompt_lookup or 0, held=held, counts=counts)
+    return Generated(row, steps, _is_text(prompt), counts)
 
 
 def generate_batch(session: Session, prompts: Iterable[Prompt], **options: Any) -> list[Completion]:

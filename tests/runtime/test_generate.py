@@ -130,8 +130,10 @@ def test_what_the_state_holds_already_is_not_run_again() -> None:
     list(first)
     prompt = [1, 2, 3, first.token_ids[0], 77, 78]
     session.calls.clear()
-    tokens = list(generate(session, prompt, max_new_tokens=3, held=first.held_ids))
+    second = generate(session, prompt, max_new_tokens=3, held=first.held_ids)
+    tokens = list(second)
     assert session.calls[0] == [2]
+    assert second.stats()["reused_tokens"] == 4
     assert tokens == list(generate(fake(), prompt, max_new_tokens=3))
 
 
@@ -185,7 +187,7 @@ def test_look_up_changes_nothing_but_the_number_of_runs(
     assert list(steps) == list(generate(plain, prompt, **options))
     assert ahead.rows == plain.rows == [steps.held_ids]
     assert len(ahead.calls) <= len(plain.calls)
-    assert len(plain.calls) - len(ahead.calls) == steps.drafts.kept
+    assert len(plain.calls) - len(ahead.calls) == steps.counts.kept
 
 
 def test_look_up_saves_runs_on_text_that_repeats() -> None:
@@ -193,7 +195,7 @@ def test_look_up_saves_runs_on_text_that_repeats() -> None:
     steps = generate(session, "p", max_new_tokens=90, prompt_lookup=8)
     assert steps.text() == "the cat. " * 10
     assert len(session.calls) < 25
-    assert steps.stats()["draft_tokens_kept"] == 90 - len(session.calls)
+    assert steps.stats()["guessed_tokens_kept"] == 90 - len(session.calls)
 
 
 def test_look_up_goes_on_without_guesses_where_the_state_cannot_go_back() -> None:

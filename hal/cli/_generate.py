@@ -1,0 +1,175 @@
+"""``hal run`` on text: one prompt, or a chat over stdin."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from hal.cli._output import format_bytes, format_seconds, print_facts, print_json, print_line
+
+if TYPE_CHECKING:
+    from hal.runtime.generate import Generated
+    from hal.runtime.session import Session
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What to generate and how to show it.
+
+    ``options`` are those of :func:`hal.runtime.generate.generate`.
+    """
+
+    prompt: str | None
+    chat: bool
+    system: str | None
+    options: dict[str, Any]
+    stats: bool
+    json: bool
+
+
+def run_task(session: Session, task: Task) -> None:
+    """Generate and print.
+
+    Raises:
+        InputError: see :func:`hal.runtime.generate.generate`.
+    """
+    if task.chat:
+        _chat(session, task)
+    else:
+        _continue(session, task)
+
+
+def _continue(session: Session, task: Task) -> None:
+    assert task.prompt is not None
+    steps = session.generate(task.prompt, **task.options)
+    text = _stream(steps, quiet=task.json)
+    stats = statistics(session, steps)
+    if task.json:
+        print_json(
+            {
+                "target": session.target,
+                "prompt": task.prompt,
+                "text": text,
+                "token_ids": steps.token_ids,
+                "finish_reason": steps.finish_reason,
+                "seconds": steps.seconds,
+                "seconds_to_first_token": steps.seconds_to_first_token,
+                "tokens_per_second": stats["tokens_per_second"],
+                "stats": stats,
+            }
+        )
+        return
+    print_line()
+    rate = stats["tokens_per_second"] or 0
+    print_line(f"[{stats['new_tokens']} tokens on {session.target}, {rate:.1f} tokens/s]")
+    if task.stats:
+        _print_statistics(stats)
+
+
+def _chat(session: Session, task: Task) -> None:
+    """Answer message by message. What the state holds of the conversation is not run again.
+
+    Raises:
+        InputError: the bundle has no chat template, or the conversation outgrows the model.
+    """
+    from hal.runtime.chat import ChatTemplate
+
+    ChatTemplate.from_bundle(session.bundle.files)  # before anybody types a message
+    messages: list[dict[str, str]] = []
+    if task.system is not None:
+        messages.append({"role": "system", "content": task.system})
+    turns: list[dict[str, Any]] = []
+    held: list[int] = []
+    for line in _messages(task):
+        messages.append({"role": "user", "content": line})
+        steps = session.generate(messages, held=held, **task.options)
+        text = _stream(steps, quiet=task.json)
+        held = steps.held_ids
+        messages.append({"role": "assistant", "content": text})
+        turns.append(statistics(session, steps))
+        if not task.json:
+            print_line()
+            if task.stats:
+                _print_statistics(turns[-1])
+    if task.json:
+        print_json({"target": session.target, "messages": messages, "turns": turns})
+
+
+def _messages(task: Task) -> Iterator[str]:
+    """The user's messages: ``--prompt`` alone, else a line of stdin each, empty lines left out."""
+    if task.prompt is not None:
+        yield task.prompt
+        return
+    ask = sys.stdin.isatty() and not task.json
+    while True:
+        if ask:
+            sys.stdout.write("> ")
+            sys.stdout.flush()
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\r\n")
+
+
+def _stream(steps: Generated, quiet: bool) -> str:
+    pieces = []
+    for piece in steps:
+        pieces.append(piece)
+        if piece and not quiet:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    return "".join(pieces)
+
+
+def statistics(session: Session, steps: Generated) -> dict[str, Any]:
+    """Figures of one generation: rates, and what the carried state takes."""
+    seconds = steps.seconds
+    return {
+        **steps.stats(),
+        "tokens_per_second": len(steps.token_ids) / seconds if seconds else None,
+        "state_bytes_per_token": bytes_per_token(session),
+        "state_bytes": session.state_bytes,
+        "state_tokens": session.position,
+    }
+
+
+def bytes_per_token(session: Session) -> int:
+    """Bytes that one more token adds to the carried state of one sequence."""
+    import numpy as np
+
+    total, pooled = 0, set()
+    if session.plan is not None:
+        total, pooled = session.plan.token_bytes(), {p.state for p in session.plan.pools}
+    for record in session.bundle.manifest.state:
+        if record["name"] in pooled or record["growth_axis"] is None:
+            continue
+        fixed = [d for d in record["dims"] if isinstance(d, int)]
+        total += math.prod(fixed) * np.dtype(record["dtype"]).itemsize
+    return total
+
+
+def _print_statistics(stats: dict[str, Any]) -> None:
+    def phase(tokens: int, kind: str) -> str:
+        rate, seconds = stats[f"{kind}_tokens_per_second"], stats[f"{kind}_seconds"]
+        if rate is None:
+            return "-"
+        return f"{tokens} tokens in {format_seconds(seconds)}, {rate:.1f} tokens/s"
+
+    guessed, kept = stats["guessed_tokens"], stats["guessed_tokens_kept"]
+    reused = stats["reused_tokens"]
+    state = f"{format_bytes(stats['state_bytes'])} for {stats['state_tokens']} tokens"
+    print_facts(
+        "",
+        [
+            ("reused", f"{reused} tokens of the prompt" if reused else None),
+            ("prefill", phase(stats["prompt_tokens"] - reused, "prefill")),
+            ("decode", phase(stats["new_tokens"] - 1, "decode")),
+            ("look-up", f"{kept} of {guessed} guessed tokens kept" if guessed else None),
+            ("state", f"{state}, {stats['state_bytes_per_token']:,} bytes per token"),
+            ("finished", stats["finish_reason"]),
+        ],
+    )

@@ -1,0 +1,126 @@
+"""``hal run`` and ``hal bench`` on a language model with a tokenizer and a chat template."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hal
+from tests import models
+from tests.cli.conftest import Hal
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo_model"
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+PROMPT = ["--prompt", "The for statement", "--max-new-tokens", 12]
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    source = models.save("llama", folder, vocab_size=1536, num_hidden_layers=1)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, source)
+    (source / "chat_template.jinja").write_text(TEMPLATE)
+    path = folder / "chat.hal"
+    hal.compile(source, target="host:onnxruntime", output=path, verify=False)
+    return path
+
+
+def test_a_prompt_is_continued_and_the_rate_told(hal_command: Hal, chat: Path) -> None:
+    plain = hal_command("run", chat, *PROMPT)
+    assert plain.code == 0, plain.err
+    assert "[12 tokens on host:onnxruntime, " in plain.out
+    report = hal_command("run", chat, *PROMPT, "--json").json
+    assert plain.out.startswith(report["text"])
+    assert len(report["token_ids"]) == 12
+    assert report["finish_reason"] == "length"
+    assert report["stats"]["new_tokens"] == 12
+
+
+def test_statistics_tell_rates_and_the_size_of_the_state(hal_command: Hal, chat: Path) -> None:
+    out = hal_command("run", chat, *PROMPT, "--stats").out
+    for word in ("prefill", "decode", "state", "bytes per token", "finished  length"):
+        assert word in out
+    stats = hal_command("run", chat, *PROMPT, "--json").json["stats"]
+    assert stats["state_bytes_per_token"] == 2 * 2 * 16 * 4  # key and value, 2 heads of 16, float32
+    assert stats["state_tokens"] == stats["prompt_tokens"] + 11
+    assert stats["state_bytes"] == stats["state_bytes_per_token"] * stats["state_tokens"]
+
+
+def test_sampling_is_repeatable(hal_command: Hal, chat: Path) -> None:
+    options = ["--temperature", 1.5, "--top-k", 500, "--top-p", 0.99, "--min-p", 0.0001]
+
+    def draw(seed: int) -> Any:
+        more = ["--repetition-penalty", 1.1, "--seed", seed, "--json"]
+        return hal_command("run", chat, *PROMPT, *options, *more).json["token_ids"]
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_a_stop_text_ends_it_and_look_up_changes_nothing(hal_command: Hal, chat: Path) -> None:
+    whole = hal_command("run", chat, *PROMPT, "--json").json["text"]
+    stop = whole[len(whole) // 2 :][:3]
+    options = ["--stop", "never", "--stop", stop, "--prompt-lookup", 4, "--json"]
+    report = hal_command("run", chat, *PROMPT, *options).json
+    assert report["text"] == whole.partition(stop)[0]
+    assert report["finish_reason"] == "stop"
+
+
+def test_a_chat_answers_line_by_line_and_keeps_the_history(
+    hal_command: Hal, chat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--chat", "--system", "Be brief.", "--max-new-tokens", 5]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nAnd now?\n"))
+    report = hal_command("run", chat, *options, "--json").json
+    roles = [m["role"] for m in report["messages"]]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]
+    first, second = report["turns"]
+    assert first["reused_tokens"] == 0
+    assert second["reused_tokens"] >= first["prompt_tokens"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nAnd now?\n"))
+    plain = hal_command("run", chat, *options)
+    answers = [m["content"] for m in report["messages"] if m["role"] == "assistant"]
+    assert plain.out == "".join(answer + "\n" for answer in answers)
+
+
+def test_a_chat_with_a_prompt_is_one_answer(hal_command: Hal, chat: Path) -> None:
+    result = hal_command("run", chat, "--chat", *PROMPT, "--json")
+    assert result.json["messages"][0]["content"] == "The for statement"
+    assert len(result.json["turns"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "hint"),
+    [
+        (["--prompt", ""], "the prompt is empty", "give at least one token"),
+        (["--prompt", "x", "--top-p", 2], "top_p is 2.0", "top_p is a number from 0 to 1"),
+        (["--prompt", "x", "--temperature", -1], "temperature is -1.0", "temperature is a number"),
+        (["--prompt", "x", "--stop", ""], "stop is ['']", "none of them empty"),
+        (["--prompt", "x " * 400], "the prompt has", "shorten the prompt to at most 255"),
+        (["--prompt", "x", "--system", "y"], "--system is given without --chat", "add --chat"),
+    ],
+)
+def test_bad_values_are_told_in_two_lines(
+    hal_command: Hal, chat: Path, options: list[Any], message: str, hint: str
+) -> None:
+    result = hal_command("run", chat, *options)
+    assert result.code == 2
+    assert result.out == ""
+    first, second = result.err.splitlines()
+    assert message in first
+    assert hint in second
+
+
+def test_a_bundle_without_a_template_or_a_language_model_cannot_chat(
+    hal_command: Hal, bundle: Path
+) -> None:
+    result = hal_command("run", bundle, "--chat", "--prompt", "x")
+    assert result.code == 2
+    assert "the bundle has no chat template" in result.err
+    result = hal_command("run", bundle, "--prompt", "x")
+    assert "the bundle's task is" in result.err
