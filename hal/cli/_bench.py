@@ -33,12 +33,22 @@ from hal.cli._output import (
     print_table,
     progress,
 )
-from hal.errors import HalError, TargetError
+from hal.errors import HalError, InputError, TargetError
 
 if TYPE_CHECKING:
     from hal.bundle import Bundle
 
-EXAMPLE = "Example: hal bench my-model.hal --target host:onnxruntime --target host:tvm"
+EXAMPLE = (
+    "Example: hal bench my-model.hal --target host:tvm --prompt-tokens 32,512 --context 0,2048"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Tokens that the state holds before, and tokens of the prompt on top (language models)."""
+
+    context: int
+    prompt_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,21 +58,28 @@ class Plan:
     rounds: int
     runs: int
     warmup: int
-    prompt_tokens: int
+    cases: tuple[Case, ...]
     seed: int
     extents: dict[str, int]
     threads: int
 
 
 @dataclasses.dataclass
+class Samples:
+    """Seconds of every run of one case, in order."""
+
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    prefill_seconds: list[float] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
 class Figures:
-    """What came out for one target; seconds of every run, in order."""
+    """What came out for one target."""
 
     target: str
     load_seconds: float
     memory: int | None
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    prefill_seconds: list[float] = dataclasses.field(default_factory=list)
+    cases: dict[Case, Samples] = dataclasses.field(default_factory=dict)
 
 
 def bench_command(
@@ -71,21 +88,37 @@ def bench_command(
     rounds: Annotated[
         int, typer.Option("--rounds", min=1, help="Rounds; in each, every target has its turn.")
     ] = 5,
-    runs: Annotated[
-        int, typer.Option("--runs", min=1, help="Calls (or decoded tokens) in a round.")
-    ] = 20,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Calls in a round.")] = 20,
     warmup: Annotated[
         int, typer.Option("--warmup", min=0, help="Calls before the first round.")
     ] = 3,
     prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", min=1, help="Length of the prompt (language models).")
-    ] = 32,
+        str | None,
+        typer.Option(
+            "--prompt-tokens", metavar="N,…", help="Lengths of prompts (language models). [32]"
+        ),
+    ] = None,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--new-tokens", min=1, help="Tokens decoded in a round (language models). [--runs]"
+        ),
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            "--context", metavar="N,…", help="Tokens held before the prompt (language models). [0]"
+        ),
+    ] = None,
     dim: Dims = None,
     seed: Seed = 0,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Measure builds of a bundle, in turns: latency, throughput, peak memory, load time."""
+    """Measure builds of a bundle, in turns: latency, throughput, peak memory, load time.
+
+    Of a language model: prompt and decoded tokens a second, for each context and prompt length.
+    """
     from hal.runtime.session import find_build
 
     opened = open_bundle(bundle)
@@ -101,7 +134,11 @@ def bench_command(
                 f"add one: hal retarget {bundle} --target {name} -o OUT.hal",
             )
     extents = {"batch": 1, **parse_dims(dim or [])}
-    plan = Plan(rounds, runs, warmup, prompt_tokens, seed, extents, threads or usable_cores())
+    steps = new_tokens or runs
+    cases = _cases(
+        opened, prompt_tokens, context, steps if new_tokens else None, max(warmup, steps)
+    )
+    plan = Plan(rounds, steps, warmup, cases, seed, extents, threads or usable_cores())
     with progress(quiet=json) as say:
         say(f"measuring {', '.join(names)}")
         figures = measure(bundle, names, plan)
@@ -110,6 +147,55 @@ def bench_command(
         print_json(result)
     else:
         _print(result)
+
+
+def _cases(
+    bundle: Bundle, prompts: str | None, contexts: str | None, new_tokens: int | None, steps: int
+) -> tuple[Case, ...]:
+    """Every context with every prompt; contexts ascend, so that each is run on top of the last.
+
+    Raises:
+        InputError: a list does not read so, the model is no language model, or a case has more
+            tokens than the model has positions.
+    """
+    given = [
+        name
+        for name, value in (
+            ("--prompt-tokens", prompts),
+            ("--new-tokens", new_tokens),
+            ("--context", contexts),
+        )
+        if value is not None
+    ]
+    if bundle.manifest.task != "causal-lm" and given:
+        raise InputError(
+            f"{given[0]} is for language models, the bundle's task is {bundle.manifest.task!r}",
+            "leave it out",
+        )
+    cases = tuple(
+        Case(context, prompt)
+        for context in sorted(_numbers("--context", contexts or "0", 0))
+        for prompt in _numbers("--prompt-tokens", prompts or "32", 1)
+    )
+    positions = bundle.manifest.metadata.get("max_positions")
+    longest = max(case.context + case.prompt_tokens for case in cases) + steps
+    if bundle.manifest.task == "causal-lm" and positions and longest > positions:
+        raise InputError(
+            f"context, prompt and new tokens are {longest} together, "
+            f"the model has {positions} positions",
+            "measure shorter texts",
+        )
+    return cases
+
+
+def _numbers(option: str, text: str, least: int) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) >= least for part in parts):
+        raise InputError(
+            f"{option} {text!r} is not a list of whole numbers from {least}",
+            f"for example {option} 32,512",
+        )
+    return list(dict.fromkeys(int(part) for part in parts))
 
 
 class Worker:
@@ -134,22 +220,24 @@ class Worker:
             raise
         self.figures = Figures(loaded["target"], loaded["load_seconds"], loaded["memory"])
 
-    def round(self, plan: Plan, runs: int, *, keep: bool = True) -> None:
-        """Measure one round; a warm-up round is not kept."""
+    def round(self, plan: Plan, case: Case, runs: int, *, keep: bool = True) -> None:
+        """Measure one round of a case; a warm-up round is not kept."""
         answer = self._ask(
             {
                 "do": "measure",
                 "runs": runs,
                 "seed": plan.seed,
                 "extents": plan.extents,
-                "prompt_tokens": plan.prompt_tokens,
+                "prompt_tokens": case.prompt_tokens,
+                "context": case.context,
             }
         )
         self.figures.memory = answer["memory"]
         if keep:
-            self.figures.seconds += answer["seconds"]
+            samples = self.figures.cases.setdefault(case, Samples())
+            samples.seconds += answer["seconds"]
             if "prefill_seconds" in answer:
-                self.figures.prefill_seconds.append(answer["prefill_seconds"])
+                samples.prefill_seconds.append(answer["prefill_seconds"])
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -195,12 +283,13 @@ def measure(bundle: Path, targets: Sequence[str], plan: Plan) -> list[Figures]:
     try:
         for target in targets:
             workers.append(Worker(bundle, target, plan))
-        if plan.warmup:
-            for worker in workers:
-                worker.round(plan, plan.warmup, keep=False)
-        for _ in range(plan.rounds):
-            for worker in workers:
-                worker.round(plan, plan.runs)
+        for case in plan.cases:
+            if plan.warmup:
+                for worker in workers:
+                    worker.round(plan, case, plan.warmup, keep=False)
+            for _ in range(plan.rounds):
+                for worker in workers:
+                    worker.round(plan, case, plan.runs)
         return [worker.figures for worker in workers]
     finally:
         for worker in workers:
@@ -239,44 +328,80 @@ def _result(bundle: Bundle, figures: Sequence[Figures], plan: Plan) -> dict[str,
 
 
 def _target_result(figures: Figures, plan: Plan, generates: bool) -> dict[str, Any]:
-    median = statistics.median(figures.seconds)
+    """Figures of one target; for a language model those of each case, and of the first as such."""
     batch = plan.extents["batch"]
+    cases = [_case_result(c, s, batch, generates) for c, s in figures.cases.items()]
     result: dict[str, Any] = {
         "target": figures.target,
         "load_seconds": figures.load_seconds,
         "peak_memory_bytes": figures.memory,
-        "runs": len(figures.seconds),
+        **cases[0],
+    }
+    return {**result, "cases": cases} if generates else result
+
+
+def _case_result(case: Case, samples: Samples, batch: int, generates: bool) -> dict[str, Any]:
+    median = statistics.median(samples.seconds)
+    result: dict[str, Any] = {
+        "runs": len(samples.seconds),
         "latency_seconds": {
             "p50": median,
-            "p90": percentile(figures.seconds, 0.90),
-            "p99": percentile(figures.seconds, 0.99),
-            "min": min(figures.seconds),
+            "p90": percentile(samples.seconds, 0.90),
+            "p99": percentile(samples.seconds, 0.99),
+            "min": min(samples.seconds),
         },
         "per_second": batch / median if median else None,
     }
     if generates:
-        prefill = statistics.median(figures.prefill_seconds)
+        prefill = statistics.median(samples.prefill_seconds)
+        result |= dataclasses.asdict(case)
         result["decode_tokens_per_second"] = result["per_second"]
-        result["prefill_tokens_per_second"] = batch * plan.prompt_tokens / prefill
+        result["prefill_seconds"] = {"p50": prefill, "min": min(samples.prefill_seconds)}
+        result["prefill_tokens_per_second"] = batch * case.prompt_tokens / prefill
     return result
 
 
 def _print(result: dict[str, Any]) -> None:
-    generates = "prefill_tokens_per_second" in result["targets"][0]
-    columns = ["target", "p50", "p90", "p99"]
-    columns += ["decode tokens/s", "prefill tokens/s"] if generates else ["items/s"]
-    columns += ["load", "peak memory"]
-    rows = []
-    for item in result["targets"]:
-        latency = item["latency_seconds"]
-        row = [item["target"], *(format_seconds(latency[p]) for p in ("p50", "p90", "p99"))]
-        row.append(f"{item['per_second']:.1f}")
-        if generates:
-            row.append(f"{item['prefill_tokens_per_second']:.1f}")
-        row += [format_seconds(item["load_seconds"]), format_bytes(item["peak_memory_bytes"])]
-        rows.append(row)
-    print_table(f"{result['bundle']} ({result['targets'][0]['runs']} runs each)", columns, rows)
+    first = result["targets"][0]
+    title = f"{result['bundle']} ({first['runs']} runs each)"
+    if "cases" in first:
+        _print_language_model(title, result)
+    else:
+        columns = ["target", "p50", "p90", "p99", "items/s", "load", "peak memory"]
+        rows = [
+            [item["target"], *_latencies(item), f"{item['per_second']:.1f}", *_loading(item)]
+            for item in result["targets"]
+        ]
+        print_table(title, columns, rows)
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     print_line(f"{machine['cpu']}, {machine['threads']} thread(s) of {machine['cores']} core(s)")
     print_line(versions)
+
+
+def _print_language_model(title: str, result: dict[str, Any]) -> None:
+    columns = ["target", "context", "prompt", "prefill tokens/s", "decode tokens/s"]
+    columns += ["p50", "p90", "p99"]
+    rows = [
+        [
+            item["target"],
+            case["context"],
+            case["prompt_tokens"],
+            f"{case['prefill_tokens_per_second']:.1f}",
+            f"{case['decode_tokens_per_second']:.1f}",
+            *_latencies(case),
+        ]
+        for item in result["targets"]
+        for case in item["cases"]
+    ]
+    print_table(title, columns, rows)
+    rows = [[item["target"], *_loading(item)] for item in result["targets"]]
+    print_table("", ["target", "load", "peak memory"], rows)
+
+
+def _latencies(item: dict[str, Any]) -> list[str]:
+    return [format_seconds(item["latency_seconds"][p]) for p in ("p50", "p90", "p99")]
+
+
+def _loading(item: dict[str, Any]) -> list[str]:
+    return [format_seconds(item["load_seconds"]), format_bytes(item["peak_memory_bytes"])]

@@ -7,6 +7,7 @@ JSON line on stdout; see :class:`hal.cli._bench.Worker` for the other side.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -19,20 +20,28 @@ if TYPE_CHECKING:
     from hal.runtime.session import Session
 
 
+@dataclasses.dataclass
+class Loaded:
+    """The session, and how many tokens of the context are at the front of its state."""
+
+    session: Session
+    context: int = 0
+
+
 def main() -> int:
     """Serve requests until stdin ends."""
     # Libraries print to stdout as they like; answers go to a private copy of it.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    session: Session | None = None
+    loaded: Loaded | None = None
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if request["do"] == "load":
-                session, answer = _load(request)
+                loaded, answer = _load(request)
             else:
-                assert session is not None
-                answer = _measure(session, request)
+                assert loaded is not None
+                answer = _measure(loaded, request)
         except HalError as error:
             answer = {"error": error.message, "hint": error.hint}
         _send(answers, answer)
@@ -44,7 +53,7 @@ def _send(stream: TextIO, answer: dict[str, Any]) -> None:
     stream.flush()
 
 
-def _load(request: dict[str, Any]) -> tuple[Session, dict[str, Any]]:
+def _load(request: dict[str, Any]) -> tuple[Loaded, dict[str, Any]]:
     import hal
     import hal.runtime.session  # imports are not part of the load time
 
@@ -52,15 +61,16 @@ def _load(request: dict[str, Any]) -> tuple[Session, dict[str, Any]]:
     bundle = hal.load(request["bundle"])
     session = bundle.session(request["target"], threads=request["threads"])
     seconds = time.perf_counter() - start
-    return session, {"load_seconds": seconds, "target": session.target, "memory": peak_memory()}
+    facts = {"load_seconds": seconds, "target": session.target, "memory": peak_memory()}
+    return Loaded(session), facts
 
 
-def _measure(session: Session, request: dict[str, Any]) -> dict[str, Any]:
-    """One round: ``runs`` calls, or a prompt and ``new_tokens`` decode steps."""
-    if session.bundle.manifest.task == "causal-lm":
-        answer = _measure_decoding(session, request)
+def _measure(loaded: Loaded, request: dict[str, Any]) -> dict[str, Any]:
+    """One round: ``runs`` calls, or a prompt and as many decode steps."""
+    if loaded.session.bundle.manifest.task == "causal-lm":
+        answer = _measure_decoding(loaded, request)
     else:
-        answer = _measure_calls(session, request)
+        answer = _measure_calls(loaded.session, request)
     return {**answer, "memory": peak_memory()}
 
 
@@ -79,26 +89,60 @@ def _measure_calls(session: Session, request: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds}
 
 
-def _measure_decoding(session: Session, request: dict[str, Any]) -> dict[str, Any]:
+def _measure_decoding(loaded: Loaded, request: dict[str, Any]) -> dict[str, Any]:
+    """The prompt on top of the context, then ``runs`` steps; the context itself is not timed."""
     import numpy as np
 
+    session = loaded.session
     vocabulary = int(session.bundle.manifest.metadata.get("vocab_size", 2))
     rng = np.random.default_rng(request["seed"])
-    batch = request["extents"].get("batch", 1)
-    name = session.inputs[0].name
-    session.reset()
-    start = time.perf_counter()
+    batch, context = request["extents"].get("batch", 1), request["context"]
     prompt = rng.integers(0, vocabulary, (batch, request["prompt_tokens"]))
-    session.run({name: prompt.astype(np.int64)})
+    _hold_context(loaded, context, batch, vocabulary, request["seed"])
+    start = time.perf_counter()
+    logits = _run_chunks(session, prompt)
     prefill = time.perf_counter() - start
     seconds = []
-    token = np.ones((batch, 1), np.int64)
+    name = session.inputs[0].name
+    token = logits[:, -1:].argmax(-1)
     for _ in range(request["runs"]):
         start = time.perf_counter()
         logits = session.run({name: token})["logits"]
         token = logits[:, -1:].argmax(-1)
         seconds.append(time.perf_counter() - start)
     return {"seconds": seconds, "prefill_seconds": prefill}
+
+
+def _hold_context(loaded: Loaded, context: int, batch: int, vocabulary: int, seed: int) -> None:
+    """Bring the state to ``context`` random tokens, from what it holds if it can go back."""
+    import numpy as np
+
+    session = loaded.session
+    try:
+        session.trim(min(loaded.context, context))
+    except HalError:
+        session.reset()
+    if session.position == 0:
+        session.reset()
+    # The same sequence for every context, so that a longer one goes on where a shorter one ended.
+    rng = np.random.default_rng([seed, 1])
+    ids = rng.integers(0, vocabulary, (context, batch)).T
+    if session.position < context:
+        _run_chunks(session, ids[:, session.position :])
+    loaded.context = context
+
+
+def _run_chunks(session: Session, ids: Any) -> Any:
+    """Logits of the last chunk of ``ids`` [batch, n]."""
+    import numpy as np
+
+    from hal.runtime.generate import PREFILL_CHUNK
+
+    logits = None
+    for at in range(0, ids.shape[1], PREFILL_CHUNK):
+        chunk = np.ascontiguousarray(ids[:, at : at + PREFILL_CHUNK], np.int64)
+        logits = session.run({session.inputs[0].name: chunk})["logits"]
+    return logits
 
 
 def peak_memory() -> int | None:

@@ -124,3 +124,47 @@ def test_a_bundle_without_a_template_or_a_language_model_cannot_chat(
     assert "the bundle has no chat template" in result.err
     result = hal_command("run", bundle, "--prompt", "x")
     assert "the bundle's task is" in result.err
+
+
+# -- bench ------------------------------------------------------------------------------------
+
+QUICK = ["--rounds", 2, "--warmup", 1, "--threads", 1]
+
+
+def test_bench_measures_every_context_with_every_prompt(hal_command: Hal, chat: Path) -> None:
+    lengths = ["--prompt-tokens", "8,4", "--context", "20,0", "--new-tokens", 3]
+    report = hal_command("bench", chat, *QUICK, *lengths, "--json").json
+    cases = report["targets"][0]["cases"]
+    assert [(c["context"], c["prompt_tokens"]) for c in cases] == [(0, 8), (0, 4), (20, 8), (20, 4)]
+    for case in cases:
+        assert case["runs"] == 6
+        assert case["prefill_tokens_per_second"] > 0
+        assert case["decode_tokens_per_second"] > 0
+        assert case["latency_seconds"]["p50"] <= case["latency_seconds"]["p99"]
+    table = hal_command("bench", chat, *QUICK, *lengths)
+    assert table.code == 0, table.err
+    assert "prefill tokens/s" in table.out
+    assert "context" in table.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--context", "a"], "--context 'a' is not a list of whole numbers from 0"),
+        (["--prompt-tokens", "0"], "--prompt-tokens '0' is not a list of whole numbers from 1"),
+        (["--prompt-tokens", "1,,2"], "--prompt-tokens '1,,2' is not a list"),
+        (["--context", "8,250"], "context, prompt and new tokens are 302 together, the model has"),
+    ],
+)
+def test_bench_refuses_bad_lengths(
+    hal_command: Hal, chat: Path, options: list[str], message: str
+) -> None:
+    result = hal_command("bench", chat, *options)
+    assert result.code == 2
+    assert result.err.startswith(f"error: {message}")
+
+
+def test_bench_has_no_contexts_for_other_models(hal_command: Hal, bundle: Path) -> None:
+    result = hal_command("bench", bundle, "--context", "8")
+    assert result.code == 2
+    assert "--context is for language models" in result.err
