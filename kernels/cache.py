@@ -1,8 +1,8 @@
 """The cache of attention in pages: writing new positions, and attending over a row's pages.
 
 A pool is ``[pages, heads, page, channels]``; row ``b`` has position ``p`` in page
-``table[b, p // page]`` at slot ``p % page``. Attention walks a row's pages once, a block of positions
-at a time, for a tile of query heads that share keys; a running maximum makes one pass enough. Keys
+``table[b, p // page]`` at slot ``p % page``. Attention walks a row's pages once, a block of
+positions at a time, for a tile of query heads that share keys; a running maximum makes one pass enough. Keys
 and values of 8 or 4 bits are widened in registers, so what crosses the bus is what is stored.
 """
 

@@ -30,9 +30,9 @@ class CacheLayout(Pass):
     """Turn attention over carried keys and values into writes to, and reads from, pools of pages.
 
     Nothing that grows goes in and out by value any more: a step writes its new positions in place.
-    Each row of a batch has a length of its own. Preserves results up to rounding (``bits`` 0), or up
-    to the rounding of keys and values to 8 or 4 bits with a scale for each head and token. A graph
-    whose attention cannot be lowered, or that carries nothing, is left alone.
+    Each row of a batch has a length of its own. Preserves results up to rounding (``bits`` 0), or
+    up to the rounding of keys and values to 8 or 4 bits with a scale for each head and token. A
+    graph whose attention cannot be lowered, or that carries nothing, is left alone.
     """
 
     layout: str = "contiguous"
@@ -51,8 +51,9 @@ class CacheLayout(Pass):
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """An ``Attention`` over carried state. ``value`` is None when values are a prefix of the keys,
-    ``value_size`` channels long.
+    """An ``Attention`` over carried state.
+
+    ``value`` is None when values are a prefix of the keys, ``value_size`` channels long.
     """
 
     node: ir.Node
@@ -151,7 +152,7 @@ class _Lowering:
             tuple(pools),
         )  # fmt: skip
 
-    # -- positions and extents ------------------------------------------------------------------
+    # -- positions and extents -----------------------------------------------------------------------
 
     def _positions(self) -> list[ir.Value]:
         """Values ``[batch, sequence]`` that are ``past + 0, 1, …`` in every row."""
@@ -232,7 +233,7 @@ class _Lowering:
         made = parts[0] if len(parts) == 1 else self.edit.op("Concat", parts, {"axis": 0})
         self.edit.replace(node.outputs[0], made)
 
-    # -- attention ----------------------------------------------------------------------------------
+    # -- attention -----------------------------------------------------------------------------------
 
     def _lower(self, site: Site, past: ir.Value) -> list[CachePool]:
         node = site.node
@@ -339,7 +340,7 @@ class _Lowering:
         packed.shape, packed.type = half, ir.TensorType(ir.DataType.UINT8)
         return packed
 
-    # -- inputs -------------------------------------------------------------------------------------
+    # -- inputs --------------------------------------------------------------------------------------
 
     def _group(self, window: int, past: ir.Value) -> CacheGroup:
         if window not in self.groups:

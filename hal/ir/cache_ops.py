@@ -1,8 +1,8 @@
 """Bodies of the cache ops of the ``hal`` domain: writing to and attending over a pool of pages.
 
 A *pool* ``[pages, heads, page, channels]`` holds the cache of many rows. A row's *block table*
-lists its pages in order, so position ``p`` of row ``b`` lies in page ``table[b, p // page]`` at slot
-``p % page``. One page per row, as long as the row may grow, is the contiguous layout; many short
+lists its pages in order, so position ``p`` of row ``b`` lies in page ``table[b, p // page]`` at
+slot ``p % page``. One page per row, as long as the row may grow, is the contiguous layout; many short
 pages are the paged one. The ops do not know the difference.
 """
 

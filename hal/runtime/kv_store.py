@@ -102,11 +102,10 @@ class CacheStore:
     Args:
         plan: what the build carries.
         page: positions in a page (paged layout).
-        limit: most positions that a row may hold, None for no limit.
     """
 
-    def __init__(self, plan: CachePlan, *, page: int = PAGE, limit: int | None = None) -> None:
-        self.plan, self.limit = plan, limit
+    def __init__(self, plan: CachePlan, *, page: int = PAGE) -> None:
+        self.plan, self.page = plan, page
         self.paged = plan.layout == "paged"
         size = page if self.paged else 0
         self._groups = {
@@ -117,7 +116,7 @@ class CacheStore:
         self._rows: dict[int, _Row] = {}
         self._next = 0
 
-    # -- rows -----------------------------------------------------------------------------------
+    # -- rows ----------------------------------------------------------------------------------------
 
     @property
     def rows(self) -> list[int]:
@@ -172,7 +171,7 @@ class CacheStore:
 
     def duplicate(self) -> CacheStore:
         """A store of its own that holds the same."""
-        other = CacheStore(self.plan, limit=self.limit)
+        other = CacheStore(self.plan, page=self.page)
         other._rows, other._next = copy.deepcopy(self._rows), self._next
         for name, pages in self._groups.items():
             mine = other._groups[name]
@@ -235,21 +234,11 @@ class CacheStore:
         """Pages that rows hold, over all groups."""
         return sum(sum(1 for n in g.uses if n) for g in self._groups.values()) if self.paged else 0
 
-    # -- steps ------------------------------------------------------------------------------------
+    # -- steps ---------------------------------------------------------------------------------------
 
     def feeds(self, rows: Sequence[int], new: int) -> dict[str, np.ndarray]:
-        """Inputs of a step that gives each of ``rows`` up to ``new`` positions: room is made.
-
-        Raises:
-            InputError: a row would exceed the limit.
-        """
+        """Inputs of a step that gives each of ``rows`` up to ``new`` positions: room is made."""
         items = [self._rows[r] for r in rows]
-        longest = max(i.tokens for i in items) + new
-        if self.limit is not None and longest > self.limit:
-            raise InputError(
-                f"{longest} positions are asked for, the model has {self.limit}",
-                "shorten the prompt, or reset the session",
-            )
         feeds = {PAST: np.array([i.tokens for i in items], np.int64)}
         for name, pages in self._groups.items():
             for item in items:
@@ -303,11 +292,12 @@ class CacheStore:
             room = -(-max(length + new, floor, ROOM) // ROOM) * ROOM
             pages.resize(len(pages.uses), room)
 
-    # -- the neutral form ---------------------------------------------------------------------------
+    # -- the neutral form ----------------------------------------------------------------------------
 
     def read(self, state: str, row: int) -> tuple[np.ndarray, int]:
-        """What a row holds of a state: float32 ``[heads, positions, channels]``, and the position of
-        the first (not 0 if a window has forgotten some).
+        """What a row holds of a state, and the position of the first (windows forget some).
+
+        Float32 ``[heads, positions, channels]``.
         """
         pool, item = self._pools[state], self._rows[row]
         pages, held = self._groups[pool.group], item.held[pool.group]

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from hal.descriptor import parse
-from hal.errors import BundleError, InputError, TargetError
+from hal.errors import InputError, TargetError
 from hal.ir import Dim, State, TensorSpec
 from hal.ir.cache_plan import CachePlan
 from hal.runtime.arrays import check_inputs
 from hal.runtime.executable import SegmentedExecutable
-from hal.runtime.kv_store import CacheStore
+from hal.runtime.state import CarriedState
 from hal.targets import load_backend
 from hal.targets.backend import LoadContext
 
@@ -42,17 +42,13 @@ class Session:
         self.inputs = tuple(spec_from_record(r.model_dump()) for r in manifest.inputs)
         self.outputs = tuple(spec_from_record(r.model_dump()) for r in manifest.outputs)
         self.states = tuple(State.from_json(_state_fields(s)) for s in manifest.state)
-        self._state_specs = {
+        plan = CachePlan.from_json(record.cache) if record.cache else None
+        specs = {
             s["input"]: TensorSpec(s["input"], s["dtype"], tuple(s["dims"])) for s in manifest.state
         }
-        plan = CachePlan.from_json(record.cache) if record.cache else None
         limit = manifest.metadata.get("max_positions")
-        self._store = CacheStore(plan, limit=limit) if plan else None
-        pooled = {p.state for p in plan.pools} if plan else set()
-        self._by_value = tuple(s for s in self.states if s.name not in pooled)
-        self._arrays: dict[str, Any] = {}
+        self._state = CarriedState(self.states, specs, plan, limit)
         self._rows: list[int] = []
-        self._tokens = 0
         descriptor = parse(record.descriptor, f"{bundle.path} ({target})")
         count = threads or len(os.sched_getaffinity(0))
         parts = []
@@ -61,13 +57,13 @@ class Session:
             context = LoadContext(descriptor, segment["folder"], bundle.files, count)
             executable = backend.load(segment["record"], context)
             parts.append((executable, segment["inputs"], segment["outputs"]))
-        names = [s.name for s in self.outputs] + [s.output for s in self._by_value]
+        names = [s.name for s in self.outputs] + [s.output for s in self._state.by_value]
         self.executable = SegmentedExecutable(parts, names)
 
     @property
     def plan(self) -> CachePlan | None:
         """How growing state is carried in pools; None if the build carries it by value."""
-        return self._store.plan if self._store else None
+        return self._state.store.plan if self._state.store else None
 
     @property
     def position(self) -> int:
@@ -77,15 +73,12 @@ class Session:
     @property
     def lengths(self) -> list[int]:
         """Tokens that each row of the batch holds; empty before the first call."""
-        if self._store is None:
-            return [self._tokens] * len(self._rows)
-        return [self._store.tokens(row) for row in self._rows]
+        return [self._state.tokens(row) for row in self._rows]
 
     @property
     def state_bytes(self) -> int:
         """Bytes of carried state that hold something now."""
-        fixed = sum(np.asarray(a).nbytes for a in self._arrays.values())
-        return fixed + (self._store.bytes_in_use() if self._store else 0)
+        return self._state.bytes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on positional or named inputs; returns one array, or a tuple in signature order.
@@ -133,45 +126,58 @@ class Session:
         if not self.states:
             return self.executable.run(arrays)
         batch, length = self._batch_and_length(arrays)
-        counts = self._counts(lengths, batch, length)
         if not self._rows:
-            self._start(batch)
+            self._rows = [self._state.add() for _ in range(batch)]
         if len(self._rows) != batch:
             raise InputError(
                 f"the batch is {batch}, the carried state has {len(self._rows)}",
                 "call session.reset() before another batch size",
             )
-        feeds = self._store.feeds(self._rows, length) if self._store else {}
-        carried = {s.input: self._arrays[s.name] for s in self._by_value}
-        outputs = self.executable.run({**arrays, **carried, **feeds})
-        for item in self._by_value:
-            self._arrays[item.name] = outputs[item.output]
-        if self._store is not None:
-            self._store.advance(self._rows, counts)
-        self._tokens += length
-        return {s.name: outputs[s.name] for s in self.outputs}
+        return self._advance(self._rows, arrays, length, lengths)
 
-    def _start(self, batch: int) -> None:
-        """Rows that hold nothing."""
-        self._arrays = {
-            s.name: empty_state(s, self._state_specs[s.input], batch) for s in self._by_value
-        }
-        self._rows = [self._store.add() if self._store else i for i in range(batch)]
+    def step(
+        self, rows: Sequence[int], input_ids: np.ndarray, lengths: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """Run new tokens of some rows of :attr:`state`, as a scheduler of many sequences does.
 
-    def _counts(self, lengths: Sequence[int] | None, batch: int, length: int) -> list[int]:
-        counts = [length] * batch if lengths is None else [int(n) for n in lengths]
-        if len(counts) != batch or not all(0 <= n <= length for n in counts):
+        Args:
+            rows: numbers that ``session.state.add()`` gave.
+            input_ids: int64 ``[len(rows), tokens]``, padded on the right.
+            lengths: tokens of each row that count; None: all.
+
+        Returns:
+            Logits, float32 ``[len(rows), tokens, vocab]``.
+
+        Raises:
+            InputError: see :meth:`run`; the model takes more than ``input_ids``.
+        """
+        arrays = check_inputs({"input_ids": input_ids}, self.inputs)
+        self._check_ids(arrays)
+        logits: np.ndarray = self._advance(rows, arrays, input_ids.shape[1], lengths)["logits"]
+        return logits
+
+    @property
+    def state(self) -> CarriedState:
+        """The carried state by rows; see :meth:`step`."""
+        return self._state
+
+    def _advance(
+        self,
+        rows: Sequence[int],
+        arrays: dict[str, Any],
+        length: int,
+        lengths: Sequence[int] | None,
+    ) -> dict[str, Any]:
+        counts = [length] * len(rows) if lengths is None else [int(n) for n in lengths]
+        if len(counts) != len(rows) or not all(0 <= n <= length for n in counts):
             raise InputError(
-                f"lengths {counts} do not fit a batch of {batch} rows of {length} tokens",
+                f"lengths {counts} do not fit a batch of {len(rows)} rows of {length} tokens",
                 "give one length from 0 to the padded length for each row",
             )
-        unequal = len({*counts, length}) > 1
-        if unequal and (self._by_value or self._store is None or not self._store.plan.ragged):
-            raise InputError(
-                "rows of different lengths cannot be run together: padding would enter the state",
-                "run the rows one by one",
-            )
-        return counts
+        self._state.check_counts(rows, counts, length)
+        outputs = self.executable.run({**arrays, **self._state.feeds(rows, length)})
+        self._state.advance(rows, counts, outputs)
+        return {s.name: outputs[s.name] for s in self.outputs}
 
     def _check_ids(self, arrays: Mapping[str, Any]) -> None:
         """Refuse ids that the embedding has no row for; runtimes may read past the table."""
@@ -193,49 +199,31 @@ class Session:
 
     def reset(self) -> None:
         """Forget the carried state; the next call starts at position 0."""
-        if self._store is not None:
-            for row in reversed(self._rows):
-                self._store.remove(row)
-        self._arrays, self._rows, self._tokens = {}, [], 0
+        for row in reversed(self._rows):
+            self._state.remove(row)
+        self._rows = []
 
     def trim(self, length: int) -> None:
         """Forget all but the first ``length`` tokens of every row.
 
         Raises:
-            InputError: a row holds fewer; the state is of fixed size (it cannot be taken back), or
-                a sliding window has forgotten what that needs.
+            InputError: a row holds fewer; some state is of fixed size, which cannot be taken back;
+                or a sliding window has forgotten what that needs.
         """
-        if self._by_value and any(s.growth_axis is None for s in self._by_value):
-            raise InputError(
-                "state of fixed size cannot be trimmed", "reset the session and run a prefix again"
-            )
         for row in self._rows:
-            if self._store is not None:
-                self._store.trim(row, length)
-        for item in self._by_value:
-            if not 0 <= length <= self._tokens:
-                raise InputError(
-                    f"the state holds {self._tokens} tokens, it cannot be trimmed to {length}",
-                    "trim to a length between 0 and the current one",
-                )
-            array = self._arrays[item.name]
-            self._arrays[item.name] = array.take(range(length), axis=item.growth_axis)
-        self._tokens = length
+            self._state.trim(row, length)
 
     def fork(self) -> Session:
         """A session that goes on from here by itself; what it has seen is shared where pages are.
 
         Both use the same loaded build: call one at a time.
         """
-        copied = copy.copy(self)
-        copied._arrays = dict(self._arrays)
-        if self._store is None:
-            copied._rows = list(self._rows)
-        elif self._store.paged:
-            copied._rows = [self._store.fork(row) for row in self._rows]
+        forked = copy.copy(self)
+        if self._state.store is not None and self._state.store.paged:
+            forked._rows = [self._state.fork(row) for row in self._rows]
         else:
-            copied._store = self._store.duplicate()
-        return copied
+            forked._state, forked._rows = self._state.duplicate(), list(self._rows)
+        return forked
 
     def export_arrays(self) -> dict[str, np.ndarray]:
         """The carried state in neutral layout, by state name; empty before the first call.
@@ -245,17 +233,18 @@ class Session:
         """
         if not self._rows:
             return {}
-        arrays = {name: np.asarray(value) for name, value in self._arrays.items()}
-        if self._store is not None:
-            if len(set(self.lengths)) > 1:
-                raise InputError(
-                    f"rows hold {self.lengths} tokens and do not make one array",
-                    "export the state: session.export_state()",
-                )
-            for pool in self._store.plan.pools:
-                rows = [self._store.read(pool.state, row)[0] for row in self._rows]
-                arrays[pool.state] = np.stack(rows)
-        return {s.name: arrays[s.name] for s in self.states}
+        if len(set(self.lengths)) > 1:
+            raise InputError(
+                f"rows hold {self.lengths} tokens and do not make one array",
+                "export the state: session.export_state()",
+            )
+        return {
+            s.name: np.stack(
+                [self._state.read(s, row)[0] for row in self._rows],
+                axis=s.axes.index("batch") if "batch" in s.axes else 0,
+            )
+            for s in self.states
+        }
 
     def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """What the model predicts after each token of ``ids``, teacher-forced from position 0.
@@ -315,28 +304,6 @@ class Session:
 
     def __iter__(self) -> Iterator[Any]:
         raise TypeError("a Session is not iterable; call it, or use session.generate(...)")
-
-
-def empty_state(state: State, spec: TensorSpec, batch: int) -> np.ndarray:
-    """What a state holds before the first call: nothing along the growth axis, zeros otherwise.
-
-    Raises:
-        BundleError: an axis other than batch and growth is dynamic.
-    """
-    dims: list[int] = []
-    for axis, dim in enumerate(spec.dims or ()):
-        if axis == state.growth_axis:
-            dims.append(0)
-        elif isinstance(dim, int):
-            dims.append(dim)
-        elif state.axes[axis] == "batch":
-            dims.append(batch)
-        else:
-            raise BundleError(
-                f"state {state.name!r} has a dynamic axis {axis} ({dim})",
-                "only batch and growth may be",
-            )
-    return np.zeros(dims, np.dtype(spec.dtype))
 
 
 def open_session(

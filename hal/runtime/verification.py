@@ -18,7 +18,8 @@ from hal.errors import CheckFailed, HalError
 from hal.ir import Graph
 from hal.ir.evaluate import Evaluator, evaluate
 from hal.runtime.samples import sample_inputs
-from hal.runtime.session import Session, empty_state
+from hal.runtime.session import Session
+from hal.runtime.state import empty_state
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """The cache ops to ``GroupQueryAttention``, which writes into and reads from one buffer.
 
-It fits when row ``b`` of a batch has page ``b`` of the pool to itself (the contiguous layout) and the
-pool holds float32. Anything else keeps the body of the op, which gathers the pages of a row: right,
-but the cache is copied in every step.
+It fits when row ``b`` of a batch has page ``b`` of the pool to itself (the contiguous layout) and
+the pool holds float32. Anything else keeps the body of the op, which gathers the pages of a row:
+right, but the cache is copied in every step.
 
 Measured on 14 heads of 64 at 4,096 positions, one token: 12.1 ms with a copy, 2.1 ms without.
 """
