@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from hal.errors import HalError
 from hal.ir import IR_VERSION, OPSET, Graph
 from hal.ir.evaluate import evaluate
 from hal.passes._edit import Editor, attribute, producer
@@ -37,8 +36,37 @@ class LinearMap:
     """float32 [kv heads, D]."""
 
 
+@dataclasses.dataclass(frozen=True)
+class LinearProgram:
+    """The steps between carried values and an operand, to be run on the unit vectors.
+
+    It stands on its own, so that it can be run again after the steps have left the graph.
+    """
+
+    graph: Graph
+    parts: tuple[tuple[str, int, tuple[int, ...]], ...]
+    """Of each part: its input, its channels, and its layout as in :meth:`TokenPaths.extents`."""
+
+    def solve(self) -> LinearMap:
+        """Find the matrix.
+
+        Raises:
+            GraphError: nothing here runs one of the steps.
+        """
+        total, feeds, start = sum(size for _, size, _ in self.parts), {}, 0
+        for name, size, extents in self.parts:
+            unit = np.zeros((total + 1, size), np.float32)  # the last token is zero: the offset
+            unit[start : start + size] = np.eye(size, dtype=np.float32)
+            rest = [e for e in extents if e > 0]
+            feeds[name] = np.moveaxis(unit.reshape(1, total + 1, *rest), 1, extents.index(-1))
+            start += size
+        (made,) = evaluate(self.graph, feeds).values()
+        table = np.asarray(made, np.float32)[0].reshape(made.shape[1], total + 1, made.shape[3])
+        return LinearMap(table[:, :total] - table[:, total:], table[:, total])
+
+
 Solve = Callable[[], LinearMap]
-"""Finds a map that was too large to keep."""
+"""Finds a map, again if it was too large to keep."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,36 +82,27 @@ class Block:
     """These query channels are compared with the part's as they are, for every head."""
 
 
-def linear_map(paths: TokenPaths, parts: Sequence[ir.Value], operand: ir.Value) -> LinearMap | None:
-    """The map from the channels of ``parts``, in their order, to an operand.
-
-    None where nothing here can run its steps.
-    """
-    sizes = [paths.per_token(v) for v in parts]
-    total = sum(sizes)
-    sink = _Model(total + 1)
+def linear_program(
+    paths: TokenPaths, parts: Sequence[ir.Value], operand: ir.Value
+) -> LinearProgram:
+    """From the channels of ``parts``, side by side, to an operand."""
+    sink = _Model(sum(paths.per_token(v) for v in parts) + 1)
     leaves = {part: sink.leaf(paths, part) for part in parts}
     result = Retimed(paths, leaves, sink, fresh=True)(operand)
-    feeds, start = {}, 0
-    for part, size in zip(parts, sizes, strict=True):
-        unit = np.zeros((total + 1, size), np.float32)  # the last token is zero: the offset
-        unit[start : start + size] = np.eye(size, dtype=np.float32)
-        feeds[leaves[part].name or ""] = _placed(paths, part, unit)
-        start += size
-    try:
-        made = sink.run(result, feeds)
-    except HalError:
-        return None
-    _, heads, _, channels = made.shape
-    table = made.reshape(heads, total + 1, channels)
-    return LinearMap(table[:, :total] - table[:, total:], table[:, total])
+    described = tuple(
+        (leaves[v].name or "", paths.per_token(v), tuple(paths.extents(v))) for v in parts
+    )
+    return LinearProgram(sink.graph(result), described)
 
 
-def _placed(paths: TokenPaths, value: ir.Value, tokens: np.ndarray) -> np.ndarray:
-    """``tokens`` [T, C] in the layout of ``value`` with a batch of one."""
-    where, extents = paths.position(value), paths.extents(value)
-    rest = [e for e in extents if e > 0]
-    return np.moveaxis(tokens.reshape(1, len(tokens), *rest), 1, where)
+def _widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The tensor in float32, converted when it is read."""
+
+    def convert() -> ir.TensorProtocol:
+        return ir.tensor(tensor.numpy().astype(np.float32))
+
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.LazyTensor(convert, dtype=ir.DataType.FLOAT, shape=shape, name=tensor.name)
 
 
 class _Model:
@@ -136,9 +155,8 @@ class _Model:
                 self._weights.update(zip(node.outputs, outputs, strict=True))
             else:
                 assert tensor is not None
-                if tensor.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
-                    tensor = ir.tensor(tensor.numpy().astype(np.float32))
-                self._weights[value] = self._initializer(tensor)
+                half = tensor.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+                self._weights[value] = self._initializer(_widened(tensor) if half else tensor)
         return self._weights[value]
 
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
@@ -151,12 +169,8 @@ class _Model:
         self._weights[made] = made
         return made
 
-    def run(self, result: ir.Value, feeds: dict[str, np.ndarray]) -> np.ndarray:
-        """The result, float32.
-
-        Raises:
-            GraphError: no evaluator runs it.
-        """
+    def graph(self, result: ir.Value) -> Graph:
+        """What was copied, with ``result`` as the output."""
         result.type = result.type or ir.TensorType(ir.DataType.FLOAT)
         body = ir.Graph(
             self._inputs,
@@ -166,8 +180,7 @@ class _Model:
             opset_imports={"": OPSET},
             name="unit vectors",
         )
-        found = evaluate(Graph(ir.Model(body, ir_version=IR_VERSION)), feeds)
-        return np.asarray(found[result.name or ""], np.float32)
+        return Graph(ir.Model(body, ir_version=IR_VERSION))
 
 
 # --- queries and output ------------------------------------------------------------------------
@@ -194,7 +207,7 @@ def absorbed_query(
 
     ``solve`` finds the map again, for matrices that are left lazy.
     """
-    made = []
+    made, heads = list[ir.Value](), paths.heads
     for block in blocks:
         piece = _channels(edit, paths.query, block.low, block.high)
         if not block.identity:
@@ -202,7 +215,7 @@ def absorbed_query(
 
             def rows(block: Block = block, size: int = size) -> np.ndarray:
                 matrix = solve().matrix[:, block.start : block.start + size, block.low : block.high]
-                return _per_query_head(paths, np.swapaxes(matrix, 1, 2))
+                return _per_query_head(heads, np.swapaxes(matrix, 1, 2))
 
             weight = _matrix(edit, paths, rows, (block.high - block.low, size), "query")
             piece = edit.op("MatMul", [piece, weight])
@@ -219,16 +232,16 @@ def absorbed_output(
     edit: Editor, paths: TokenPaths, summed: ir.Value, found: LinearMap, solve: Solve
 ) -> ir.Value:
     """The attention's output from its weighted sums of carried channels [batch, heads, s, C]."""
-    made, (_, rows, columns) = summed, found.matrix.shape
+    made, heads, (_, rows, columns) = summed, paths.heads, found.matrix.shape
     if rows != columns or not (found.matrix == np.eye(rows)).all():
 
         def matrix() -> np.ndarray:
-            return _per_query_head(paths, solve().matrix)
+            return _per_query_head(heads, solve().matrix)
 
         made = edit.op("MatMul", [made, _matrix(edit, paths, matrix, (rows, columns), "output")])
         made.type = summed.type
     if found.offset.any():
-        offset = _per_query_head(paths, found.offset[:, None, :])
+        offset = _per_query_head(heads, found.offset[:, None, :])
         dtype = paths.value.dtype
         assert dtype is not None
         made = edit.op("Add", [made, edit.constant(offset.astype(dtype.numpy()), "offset")])
@@ -236,11 +249,11 @@ def absorbed_output(
     return made
 
 
-def _per_query_head(paths: TokenPaths, table: np.ndarray) -> np.ndarray:
+def _per_query_head(heads: int, table: np.ndarray) -> np.ndarray:
     """One matrix per query head from one per key-value head; a single one is left to broadcast."""
     if len(table) == 1:
         return table[0]
-    return np.repeat(table, paths.heads // len(table), axis=0)
+    return np.repeat(table, heads // len(table), axis=0)
 
 
 def _matrix(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from hal.errors import GraphError
 from hal.ir import Graph, State
 from hal.passes import _absorb as absorb
 from hal.passes._cut import Option
@@ -41,6 +42,8 @@ class Absorption:
     joint: bool
     key_map: absorb.LinearMap
     value_map: absorb.LinearMap
+    solve_key: absorb.Solve
+    solve_value: absorb.Solve
 
 
 def absorption(paths: TokenPaths, cut: Sequence[ir.Value]) -> Absorption | None:
@@ -51,15 +54,29 @@ def absorption(paths: TokenPaths, cut: Sequence[ir.Value]) -> Absorption | None:
     joint = any(v in for_key for v in value_parts)
     parts = (*value_parts, *others)
     key_parts = parts if joint else others
-    key_map = absorb.linear_map(paths, key_parts, paths.key)
-    value_map = absorb.linear_map(paths, value_parts, paths.value)
-    if key_map is None or value_map is None or not key_parts or not value_parts:
-        return None
+    solvers = [
+        absorb.linear_program(paths, key_parts, paths.key).solve,
+        absorb.linear_program(paths, value_parts, paths.value).solve,
+    ]
+    try:
+        key_map, value_map = (solve() for solve in solvers)
+    except GraphError:
+        return None  # an op that no reference evaluator runs
     if key_map.offset.any() and attribute(paths.node, "softcap", 0.0):
         return None  # a constant added to all scores of a query changes them where they are capped
     if value_map.offset.any() and _mask(paths) is not None and not _causal(paths):
         return None  # rows that see nothing have no weights that sum to one
-    return Absorption(parts, key_parts, value_parts, joint, key_map, value_map)
+    solve_key, solve_value = (
+        _kept(found, solve) for found, solve in zip((key_map, value_map), solvers, strict=True)
+    )
+    return Absorption(
+        parts, key_parts, value_parts, joint, key_map, value_map, solve_key, solve_value
+    )
+
+
+def _kept(found: absorb.LinearMap, solve: absorb.Solve) -> absorb.Solve:
+    """A small map is kept, a large one solved again when its matrices are read."""
+    return (lambda: found) if found.matrix.nbytes <= absorb.LAZY_BYTES else solve
 
 
 def _mask(paths: TokenPaths) -> ir.Value | None:
@@ -123,9 +140,7 @@ class Rewrite:
         """Carry the cut, and attend to it as one head that all query heads share."""
         edit, paths = self._edit, self._paths
         blocks = absorb.query_blocks(paths, found.key_parts, found.key_map)
-        query = absorb.absorbed_query(
-            edit, paths, blocks, _solver(paths, found.key_parts, paths.key, found.key_map)
-        )
+        query = absorb.absorbed_query(edit, paths, blocks, found.solve_key)
         width = sum(paths.per_token(v) for v in found.value_parts)
         key = self._joined(found.key_parts)
         past_key = self._past("latent" if found.joint else "key", *found.key_parts, flat=True)
@@ -141,10 +156,7 @@ class Rewrite:
         self._present(past_key, outputs[1], "latent" if found.joint else "key")
         if not found.joint:
             self._present(past_value, outputs[2], "value")
-        out = absorb.absorbed_output(
-            edit, paths, outputs[0], found.value_map,
-            _solver(paths, found.value_parts, paths.value, found.value_map),
-        )  # fmt: skip
+        out = absorb.absorbed_output(edit, paths, outputs[0], found.value_map, found.solve_value)
         edit.replace(paths.node.outputs[0], out)
 
     # -- pieces ---------------------------------------------------------------------------
@@ -258,20 +270,6 @@ class Rewrite:
 def _renamed(text: str, old: State, kind: str) -> str:
     """``past.3.key`` → ``past.3.latent``."""
     return f"{text.removesuffix(old.kind)}{kind}" if text.endswith(old.kind) else f"{text}.{kind}"
-
-
-def _solver(
-    paths: TokenPaths, parts: Sequence[ir.Value], operand: ir.Value, found: absorb.LinearMap
-) -> absorb.Solve:
-    """The map, found again when asked for later: it is not kept."""
-    small = found.matrix.nbytes <= absorb.LAZY_BYTES
-
-    def solve() -> absorb.LinearMap:
-        again = found if small else absorb.linear_map(paths, parts, operand)
-        assert again is not None
-        return again
-
-    return solve
 
 
 def swap_states(graph: Graph, edit: Editor, removed: Sequence[State], added: list[Carried]) -> None:
