@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tests import models
 ROUTES = ["host:onnxruntime", "host:tvm"]
 TOLERANCE = 1e-4
 DECODE_STEPS = 16
+NEW_TOKENS = 64
 
 
 # One group per family keeps its tests on one worker, so that it is compiled once.
@@ -44,6 +46,35 @@ def test_equals_torch_eager(
         _compare_encoder(module, session, rng, batch, length)
     else:
         _compare_image_model(module, session, rng, batch)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_greedy_tokens_are_those_of_transformers(
+    compiled: tuple[str, torch.nn.Module, hal.Bundle], route: str
+) -> None:
+    name, module, bundle = compiled
+    if name not in models.CAUSAL_LMS:
+        pytest.skip("no language model")
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(3, module.config.vocab_size, n).tolist() for n in (5, 12)]
+    expected = [_greedy(module, prompt) for prompt in prompts]
+    session = bundle.session(route)
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        assert list(session.generate(prompt, max_new_tokens=NEW_TOKENS)) == tokens
+        guessed = session.generate(prompt, max_new_tokens=NEW_TOKENS, prompt_lookup=4)
+        assert list(guessed) == tokens
+    batch = session.generate_batch(prompts, max_new_tokens=NEW_TOKENS, prefill_chunk=7)
+    assert [row.token_ids for row in batch] == expected
+
+
+def _greedy(module: Any, prompt: list[int]) -> list[int]:
+    """What transformers continues a prompt with."""
+    ids = torch.tensor([prompt])
+    out = module.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
+    )
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
 
 
 def test_tvm_takes_every_node(compiled: tuple[str, torch.nn.Module, hal.Bundle]) -> None:
