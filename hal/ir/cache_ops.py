@@ -2,8 +2,8 @@
 
 A *pool* ``[pages, heads, page, channels]`` holds the cache of many rows. A row's *block table*
 lists its pages in order, so position ``p`` of row ``b`` lies in page ``table[b, p // page]`` at
-slot ``p % page``. One page per row, as long as the row may grow, is the contiguous layout; many short
-pages are the paged one. The ops do not know the difference.
+slot ``p % page``. One page per row, as long as the row may grow, is the contiguous layout; many
+short pages are the paged one. The ops do not know the difference.
 """
 
 from __future__ import annotations

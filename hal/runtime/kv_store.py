@@ -116,7 +116,7 @@ class CacheStore:
         self._rows: dict[int, _Row] = {}
         self._next = 0
 
-    # -- rows ----------------------------------------------------------------------------------------
+    # -- rows -----------------------------------------------------------------------------------
 
     @property
     def rows(self) -> list[int]:
@@ -200,6 +200,8 @@ class CacheStore:
                     f"a window of {window} has forgotten what comes before token {held.base}",
                     "reset the session and run the prompt again",
                 )
+        for name, pages in self._groups.items():
+            held = item.held[name]
             if self.paged:
                 keep = -(-max(tokens - held.base, 0) // pages.page)
                 for index in held.pages[keep:]:
@@ -234,7 +236,7 @@ class CacheStore:
         """Pages that rows hold, over all groups."""
         return sum(sum(1 for n in g.uses if n) for g in self._groups.values()) if self.paged else 0
 
-    # -- steps ---------------------------------------------------------------------------------------
+    # -- steps ----------------------------------------------------------------------------------
 
     def feeds(self, rows: Sequence[int], new: int) -> dict[str, np.ndarray]:
         """Inputs of a step that gives each of ``rows`` up to ``new`` positions: room is made."""
@@ -292,7 +294,7 @@ class CacheStore:
             room = -(-max(length + new, floor, ROOM) // ROOM) * ROOM
             pages.resize(len(pages.uses), room)
 
-    # -- the neutral form ----------------------------------------------------------------------------
+    # -- the neutral form -----------------------------------------------------------------------
 
     def read(self, state: str, row: int) -> tuple[np.ndarray, int]:
         """What a row holds of a state, and the position of the first (windows forget some).
