@@ -61,6 +61,7 @@ class GenerationOptions:
     seed: int | None = None
     prefill_chunk: int | None = None
     prompt_lookup: int | None = None
+    as_text: bool | None = None
 
     def __post_init__(self) -> None:
         _whole("max_new_tokens", self.max_new_tokens, 1)
@@ -70,6 +71,8 @@ class GenerationOptions:
             _whole("prefill_chunk", self.prefill_chunk, 1)
         if self.prompt_lookup is not None:
             _whole("prompt_lookup", self.prompt_lookup, 0)
+        if self.as_text not in (None, True, False):
+            raise InputError(f"as_text is {self.as_text!r}", "as_text is True, False or None")
         checked_stops(self.stop)
         _ = self.sampling
         if self.stop_token_ids is not None:
@@ -94,6 +97,10 @@ class GenerationOptions:
         return SamplingOptions(
             self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
         )
+
+    def gives_text(self, prompt: object) -> bool:
+        """Whether what a prompt is continued with is given as text."""
+        return _is_text(prompt) if self.as_text is None else self.as_text
 
     def rules(self, metadata: Mapping[str, Any], prompt_tokens: int) -> Rules:
         """What a continuation of ``prompt_tokens`` goes by, on a model with these facts.
@@ -212,7 +219,7 @@ class Completion:
     Attributes:
         prompt_tokens: length of the prompt.
         token_ids: generated tokens, a final stop token included.
-        text: their text without a stop string; None for a prompt of ids.
+        text: their text without a stop string; None for a prompt of ids unless ``as_text``.
         finish_reason: ``"stop"`` or ``"length"``, as for :class:`Generated`.
         seconds: from the start of the batch to this prompt's last token.
     """
@@ -239,6 +246,7 @@ def generate(
     seed: int | None = None,
     prefill_chunk: int | None = None,
     prompt_lookup: int | None = None,
+    as_text: bool | None = None,
     held: Sequence[int] = (),
 ) -> Generated:
     """Continue one prompt.
@@ -263,11 +271,12 @@ def generate(
         prefill_chunk: prompt tokens in one run; default 512. Has no influence on the result.
         prompt_lookup: guess up to this many tokens ahead from what the context said before, and
             check them in one run. Has no influence on the result; pays for text that repeats.
+        as_text: whether the items are text (needs a tokenizer) or ids; default: as the prompt is.
         held: ids that the session's state holds already (:attr:`Generated.held_ids` of what was
             generated before); the beginning that they share with the prompt is not run again.
 
     Returns:
-        An iterator: token ids for a prompt of ids, pieces of text otherwise.
+        An iterator: token ids for a prompt of ids unless ``as_text``, pieces of text otherwise.
 
     Raises:
         InputError: not a language model, an option out of its range (named, with the range), an
@@ -287,13 +296,14 @@ def generate(
         seed=seed,
         prefill_chunk=prefill_chunk,
         prompt_lookup=prompt_lookup,
+        as_text=as_text,
     )
     _check_language_model(session)
     row = _continuation(session, prompt, options, _tokenizer(session, options, [prompt]), 0)
     counts = Counts()
     chunk = options.prefill_chunk or PREFILL_CHUNK
     steps = decode(session, row, chunk=chunk, draft=prompt_lookup or 0, held=held, counts=counts)
-    return Generated(row, steps, _is_text(prompt), counts)
+    return Generated(row, steps, options.gives_text(prompt), counts)
 
 
 def generate_batch(session: Session, prompts: Iterable[Prompt], **options: Any) -> list[Completion]:
@@ -341,7 +351,7 @@ def generate_batch(session: Session, prompts: Iterable[Prompt], **options: Any) 
         Completion(
             len(row.prompt_ids),
             row.token_ids,
-            "".join(texts[index]) if _is_text(listed[index]) else None,
+            "".join(texts[index]) if chosen.gives_text(listed[index]) else None,
             row.finish_reason or "length",
             seconds[index],
         )
@@ -394,7 +404,7 @@ def _tokenizer(
     session: Session, options: GenerationOptions, prompts: Sequence[object]
 ) -> Tokenizer | None:
     """The bundle's tokenizer if something needs one."""
-    if options.stop or any(_is_text(prompt) for prompt in prompts):
+    if options.stop or any(options.gives_text(p) or _is_text(p) for p in prompts):
         return Tokenizer.from_bundle(session.bundle.files)
     return None
 

@@ -21,6 +21,7 @@ NEED_BUNDLE = {
     "docs/application-developers.md",
     "docs/platform-engineers.md",
     "generate_text.py",
+    "lm_eval_adapter.py",
     "retarget.py",
 }
 EXAMPLES = sorted(

@@ -41,6 +41,13 @@ def test_a_text_prompt_gives_text_and_ids_give_ids() -> None:
     assert list(generate(says("ab"), np.array([[112]], np.int32), max_new_tokens=1)) == [97]
 
 
+def test_ids_give_text_and_text_gives_ids_if_asked() -> None:
+    assert generate(says("abc"), [112], max_new_tokens=4, as_text=True).text() == "abca"
+    assert list(generate(says("abc"), "p", max_new_tokens=2, as_text=False)) == [97, 98]
+    batch = generate_batch(says("abc"), [[112], "q"], max_new_tokens=2, as_text=True)
+    assert [row.text for row in batch] == ["ab", "ab"]
+
+
 def test_the_length_ends_a_text_with_that_reason() -> None:
     steps = generate(says("abc"), "p", max_new_tokens=5)
     assert steps.finish_reason is None
@@ -327,6 +334,7 @@ def test_the_last_position_ends_the_text() -> None:
         ("stop", ""),
         ("stop", [""]),
         ("stop", 7),
+        ("as_text", "yes"),
         ("stop_token_ids", "a"),
         ("stop_token_ids", [1.5]),
     ],
