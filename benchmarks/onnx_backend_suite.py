@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import importlib
 import json
 import multiprocessing
@@ -88,11 +89,18 @@ def node_cases(modules: Sequence[str] | None = None) -> list[Case]:
         if modules is None:
             found = node.collect_testcases(None)
         else:
-            before = len(node._NodeTestCases)
-            for name in modules:
-                importlib.import_module(f"onnx.backend.test.case.node.{name}")
-            found = node._NodeTestCases[before:]
+            found = [case for name in modules for case in _cases_of(name)]
     return [_node_case(case) for case in found]
+
+
+@functools.cache
+def _cases_of(module: str) -> list[TestCase]:
+    """A module adds its cases to one list, when it is imported for the first time."""
+    from onnx.backend.test.case import node
+
+    before = len(node._NodeTestCases)
+    importlib.import_module(f"onnx.backend.test.case.node.{module}")
+    return node._NodeTestCases[before:]
 
 
 def _node_case(case: TestCase) -> Case:

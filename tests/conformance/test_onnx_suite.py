@@ -80,6 +80,22 @@ def test_a_sample_of_the_suite_passes_on_onnxruntime(suite: ModuleType) -> None:
     assert failed == {}
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "fallback"),
+    [
+        ("onehot", "test_onehot_out_of_range_indices", False),
+        ("attention", "test_attention_4d_causal_fp16_expanded", False),
+        ("affinegrid", "test_affine_grid_2d", True),
+    ],
+)
+def test_corners_of_the_suite_pass_on_tvm(
+    suite: ModuleType, module: str, name: str, fallback: bool
+) -> None:
+    pytest.importorskip("tvm")
+    (case,) = (c for c in suite.node_cases([module]) if c.name == name)
+    assert suite.run_case(case, "host:tvm", fallback, native=False).reason == ""
+
+
 def test_a_wrong_result_is_told_from_an_unsupported_op(suite: ModuleType) -> None:
     (case, *_) = suite.node_cases(["sign"])
     wrong = suite.Case(
