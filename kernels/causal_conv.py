@@ -59,38 +59,25 @@ def causal_conv(channels: int, taps: int, activation: str) -> Any:
             T.writes(y[0:batch, 0:channels, 0:length], present[0:batch, 0:channels, 0:back])
             for bc in T.parallel(batch * T.int64(channels)):
                 acc = T.alloc_buffer((1,), "float32", scope="local")
+                b: T.let = bc // channels
+                c: T.let = bc % channels
                 for t in T.serial(T.min(length, T.int64(back))):  # reaches back into the past
-                    acc[0] = bias[bc % channels]
+                    acc[0] = bias[c]
                     for j in T.unroll(taps):
                         if t + j < back:
-                            acc[0] = (
-                                acc[0]
-                                + w[bc % channels, 0, j]
-                                * past[bc // channels, bc % channels, t + j]
-                            )
+                            acc[0] = acc[0] + w[c, 0, j] * past[b, c, t + j]
                         else:
-                            acc[0] = (
-                                acc[0]
-                                + w[bc % channels, 0, j]
-                                * x[bc // channels, bc % channels, t + j - back]
-                            )
-                    y[bc // channels, bc % channels, t] = act(acc[0])
+                            acc[0] = acc[0] + w[c, 0, j] * x[b, c, t + j - back]
+                    y[b, c, t] = act(acc[0])
                 for t in T.serial(T.max(length - T.int64(back), T.int64(0))):
-                    acc[0] = bias[bc % channels]
+                    acc[0] = bias[c]
                     for j in T.unroll(taps):
-                        acc[0] = (
-                            acc[0]
-                            + w[bc % channels, 0, j] * x[bc // channels, bc % channels, t + j]
-                        )
-                    y[bc // channels, bc % channels, t + back] = act(acc[0])
+                        acc[0] = acc[0] + w[c, 0, j] * x[b, c, t + j]
+                    y[b, c, t + back] = act(acc[0])
                 for j in T.unroll(back):
                     if length + j < back:
-                        present[bc // channels, bc % channels, j] = past[
-                            bc // channels, bc % channels, length + j
-                        ]
+                        present[b, c, j] = past[b, c, length + j]
                     else:
-                        present[bc // channels, bc % channels, j] = x[
-                            bc // channels, bc % channels, length + j - back
-                        ]
+                        present[b, c, j] = x[b, c, length + j - back]
 
     return causal_conv_with_state

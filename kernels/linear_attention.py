@@ -1,8 +1,8 @@
 """Linear attention: a state for each head, decayed, corrected and read token by token.
 
 Columns of the state do not touch each other, so blocks of them run in parallel next to batch and
-heads, each block in vectors along the contiguous axis. A token reads its block twice: once for what
-the state holds at the key, once to write it and read it at the queries.
+heads, each block in vectors along the contiguous axis. What the state holds at a key is summed up
+while the token before is written, so that a token goes over its block once.
 """
 
 from __future__ import annotations
@@ -38,14 +38,16 @@ class Form:
 
 @functools.lru_cache(maxsize=64)
 def linear_attention(form: Form, lanes: int) -> Any:  # noqa: C901 - kernel text
-    """ONNX ``LinearAttention`` on float32: per head and token
+    """ONNX ``LinearAttention`` on float32.
 
-        S = exp(decay) * S;  S = S + k (rate * (v - S' k))';  y = scale * S' q
+    For each head and token::
+
+        S = decay * S;  S = S + k (rate * (v - S' k))';  y = scale * S' q
 
     ``q [B, T, heads * group * K]``, ``k [B, T, heads * K]``, ``v [B, T, heads * V]``, ``past`` and
-    ``present`` ``[B, heads, K, V]``, ``decay [B, T, heads * width]``, ``rate [B, T, rate_heads]``
-    (tensors of a width of 0 are passed as ``[B, T, 1]`` and not read), ``y [B, T, heads * group *
-    V]``. B and T are known at run time only.
+    ``present`` ``[B, heads, K, V]``, ``y [B, T, heads * group * V]``. ``decay [B, T, heads *
+    width]`` is the factor, not its logarithm; ``rate [B, T, rate_heads]``. Gates of a width of 0
+    are given as ``[B, T, 1]`` and not read. B and T are known at run time only.
     """
     heads, group, size, width = form.heads, form.group, form.key_size, form.value_size
     v_lanes = vector_lanes(width, lanes)
@@ -64,6 +66,11 @@ def linear_attention(form: Form, lanes: int) -> Any:  # noqa: C901 - kernel text
 
     def wide(x: Any) -> Any:
         return T.broadcast(x, v_lanes) if v_lanes > 1 else x
+
+    def key(k: Any, decay: Any, b: Any, t: Any, h: Any, d: Any) -> Any:
+        """Key channel ``d`` as it meets the state before token ``t`` decays it."""
+        value = k[b, t, h * size + d]
+        return value * decay[b, t, h * size + d] if by_channel else value
 
     @T.prim_func(s_tir=True)
     def attend(  # type: ignore[no-untyped-def]  # noqa: C901 - kernel text
@@ -101,44 +108,44 @@ def linear_attention(form: Form, lanes: int) -> Any:  # noqa: C901 - kernel text
                 state[0:batch, 0:heads, 0:size, 0:width],
             )
             for task in T.parallel(batch * T.int64(heads * blocks)):
-                keep = T.alloc_buffer((1,), "float32", scope="local")
                 row = T.alloc_buffer((1,), kind, scope="local")
+                held = T.alloc_buffer((vectors,), kind, scope="local")
                 write = T.alloc_buffer((vectors,), kind, scope="local")
                 read = T.alloc_buffer((group * vectors,), kind, scope="local")
                 b: T.let = task // (heads * blocks)
                 h: T.let = task // blocks % heads
                 c: T.let = task % blocks * (vectors * v_lanes)
+                for u in T.unroll(vectors):
+                    held[u] = wide(T.float32(0))
                 for d in T.serial(size):
                     for u in T.unroll(vectors):
-                        state[b, h, d, at(c, u)] = past[b, h, d, at(c, u)]
+                        row[0] = past[b, h, d, at(c, u)]
+                        state[b, h, d, at(c, u)] = row[0]
+                        if delta and length > 0:
+                            held[u] = held[u] + row[0] * wide(key(k, decay, b, 0, h, d))
                 for t in T.serial(length):
-                    if gated and not by_channel:
-                        keep[0] = T.exp(decay[b, t, h])
                     for u in T.unroll(vectors):
-                        write[u] = wide(T.float32(0))
-                    if gated or delta:
-                        for d in T.serial(size):
-                            if by_channel:
-                                keep[0] = T.exp(decay[b, t, h * size + d])
-                            for u in T.unroll(vectors):
-                                row[0] = state[b, h, d, at(c, u)]
-                                if gated:
-                                    row[0] = row[0] * wide(keep[0])
-                                    state[b, h, d, at(c, u)] = row[0]
-                                if delta:
-                                    write[u] = write[u] + row[0] * wide(k[b, t, h * size + d])
-                    for u in T.unroll(vectors):
-                        write[u] = v[b, t, at(h * width + c, u)] - write[u]
+                        write[u] = v[b, t, at(h * width + c, u)]
+                        if delta and gated and not by_channel:
+                            held[u] = held[u] * wide(decay[b, t, h])
                         if delta:
-                            write[u] = write[u] * wide(rate[b, t, 0 if one_rate else h])
+                            write[u] = (write[u] - held[u]) * wide(rate[b, t, 0 if one_rate else h])
+                        held[u] = wide(T.float32(0))
                     for i in T.unroll(group * vectors):
                         read[i] = wide(T.float32(0))
                     for d in T.serial(size):
                         for u in T.unroll(vectors):
-                            row[0] = (
-                                state[b, h, d, at(c, u)] + wide(k[b, t, h * size + d]) * write[u]
-                            )
+                            row[0] = state[b, h, d, at(c, u)]
+                            if gated:
+                                row[0] = row[0] * wide(
+                                    decay[b, t, h * size + d if by_channel else h]
+                                )
+                            row[0] = row[0] + wide(k[b, t, h * size + d]) * write[u]
                             state[b, h, d, at(c, u)] = row[0]
+                            if delta:
+                                held[u] = held[u] + row[0] * wide(
+                                    key(k, decay, b, T.min(t + 1, length - 1), h, d)
+                                )
                             for g in T.unroll(group):
                                 read[g * vectors + u] = read[g * vectors + u] + row[0] * wide(
                                     q[b, t, (h * group + g) * size + d]

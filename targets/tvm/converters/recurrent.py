@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from tvm import relax
+from tvm import relax, tirx
 
 from hal.kernels import causal_conv as conv_kernels
 from hal.kernels import linear_attention as kernels
@@ -54,12 +54,14 @@ def linear_attention(op: Op) -> list[Operand]:
     )
     kernel = kernels.linear_attention(form, op.context.shaping.lanes)
     past = past or _zeros(op, (batch, heads, size, width))
-    unused = [x or _zeros(op, (batch, length, 1)) for x in (decay, rate)]
+    if decay is not None:  # once for each token, not for each block of the state
+        decay = op.compute(decay.shape, lambda x, i: tirx.exp(x(*i)), decay)
+    gates = [x or _zeros(op, (batch, length, 1)) for x in (decay, rate)]
     outputs = [
         ((batch, length, q_heads * width), "float32"),
         ((batch, heads, size, width), "float32"),
     ]
-    return op.context.call_kernel(kernel, [q, k, v, past, *unused], outputs, "linear_attention")
+    return op.context.call_kernel(kernel, [q, k, v, past, *gates], outputs, "linear_attention")
 
 
 def causal_conv(op: Op) -> list[Operand]:
