@@ -232,6 +232,13 @@ class CacheStore:
                 total += sum(r.tokens - r.held[name].base for r in self._rows.values()) * each
         return total
 
+    def pages_of(self, rows: Iterable[int]) -> int:
+        """Pages that these rows hold, over all groups, each shared page once."""
+        if not self.paged:
+            return 0
+        held = [self._rows[row].held for row in rows]
+        return sum(len({page for h in held for page in h[name].pages}) for name in self._groups)
+
     def pages_in_use(self) -> int:
         """Pages that rows hold, over all groups."""
         return sum(sum(1 for n in g.uses if n) for g in self._groups.values()) if self.paged else 0
