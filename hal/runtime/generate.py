@@ -17,19 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hal.errors import InputError, did_you_mean
-from hal.runtime.chat import ChatTemplate, Message, is_messages
+from hal.errors import InputError
+from hal.runtime.chat import ChatTemplate, Message
 from hal.runtime.decoding import (
     Continuation,
     Counts,
     FinishReason,
-    Rules,
     decode,
     decode_batch,
     run_ids,
 )
-from hal.runtime.sampling import SamplingOptions
-from hal.runtime.stopping import checked_stops
+from hal.runtime.grammar import Grammar, checked_grammar
+from hal.runtime.options import GenerationOptions, is_text, whole_number
 from hal.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -40,88 +39,6 @@ Prompt = str | Sequence[int] | np.ndarray | Sequence[Message]
 
 PREFILL_CHUNK = 512
 """Prompt tokens in one run by default: bounds memory, and keeps the products large."""
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationOptions:
-    """The options of :func:`generate`, checked; see there.
-
-    Raises:
-        InputError: a value is out of its range; the text names the option and the range.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float | None = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    stop: str | Sequence[str] | None = None
-    stop_token_ids: int | Sequence[int] | None = None
-    seed: int | None = None
-    prefill_chunk: int | None = None
-    prompt_lookup: int | None = None
-    as_text: bool | None = None
-
-    def __post_init__(self) -> None:
-        _whole("max_new_tokens", self.max_new_tokens, 1)
-        if self.seed is not None:
-            _whole("seed", self.seed, 0)
-        if self.prefill_chunk is not None:
-            _whole("prefill_chunk", self.prefill_chunk, 1)
-        if self.prompt_lookup is not None:
-            _whole("prompt_lookup", self.prompt_lookup, 0)
-        if self.as_text not in (None, True, False):
-            raise InputError(f"as_text is {self.as_text!r}", "as_text is True, False or None")
-        checked_stops(self.stop)
-        _ = self.sampling
-        if self.stop_token_ids is not None:
-            _stop_ids(self.stop_token_ids)
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> GenerationOptions:
-        """Options by name.
-
-        Raises:
-            InputError: there is no option of that name, or a value is out of its range.
-        """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in options:
-            if name not in known:
-                raise InputError(f"no generation option {name!r}", did_you_mean(name, known))
-        return cls(**options)
-
-    @property
-    def sampling(self) -> SamplingOptions:
-        """Those that say how a token is chosen."""
-        return SamplingOptions(
-            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
-        )
-
-    def gives_text(self, prompt: object) -> bool:
-        """Whether what a prompt is continued with is given as text."""
-        return _is_text(prompt) if self.as_text is None else self.as_text
-
-    def rules(self, metadata: Mapping[str, Any], prompt_tokens: int) -> Rules:
-        """What a continuation of ``prompt_tokens`` goes by, on a model with these facts.
-
-        Raises:
-            InputError: the prompt leaves no room for a token within the model's positions.
-        """
-        limit, positions = self.max_new_tokens, metadata.get("max_positions")
-        if positions:
-            if prompt_tokens >= positions:
-                raise InputError(
-                    f"the prompt has {prompt_tokens} tokens; the model has {positions} positions, "
-                    "and at least one is for the continuation",
-                    f"shorten the prompt to at most {positions - 1} tokens",
-                )
-            limit = min(limit, positions - prompt_tokens)
-        stop_ids = self.stop_token_ids
-        if stop_ids is None:
-            stop_ids = metadata.get("eos_token_ids", [])
-        ended = _stop_ids(stop_ids)
-        return Rules(limit, self.sampling, self.seed, checked_stops(self.stop), ended)
 
 
 class Generated:
@@ -247,6 +164,8 @@ def generate(
     prefill_chunk: int | None = None,
     prompt_lookup: int | None = None,
     as_text: bool | None = None,
+    response_format: Mapping[str, Any] | None = None,
+    grammar: str | None = None,
     held: Sequence[int] = (),
 ) -> Generated:
     """Continue one prompt.
@@ -272,6 +191,10 @@ def generate(
         prompt_lookup: guess up to this many tokens ahead from what the context said before, and
             check them in one run. Has no influence on the result; pays for text that repeats.
         as_text: whether the items are text (needs a tokenizer) or ids; default: as the prompt is.
+        response_format: what the text has to be: ``{"type": "json_object"}``, or ``{"type":
+            "json_schema", "json_schema": {"schema": {…}}}``, as in OpenAI's interface. Needs the
+            extra ``[grammar]`` and a tokenizer in the bundle.
+        grammar: the same as a grammar in Lark's syntax, instead.
         held: ids that the session's state holds already (:attr:`Generated.held_ids` of what was
             generated before); the beginning that they share with the prompt is not run again.
 
@@ -283,6 +206,7 @@ def generate(
             empty prompt, one that leaves no room within the model's positions, ids outside the
             vocabulary, text without a tokenizer in the bundle, or messages without a chat template
             or such that the template refuses.
+        MissingExtraError: a grammar is given and the extra is not installed.
     """
     options = GenerationOptions(
         max_new_tokens=max_new_tokens,
@@ -297,9 +221,11 @@ def generate(
         prefill_chunk=prefill_chunk,
         prompt_lookup=prompt_lookup,
         as_text=as_text,
+        response_format=response_format,
+        grammar=grammar,
     )
-    _check_language_model(session)
-    row = _continuation(session, prompt, options, _tokenizer(session, options, [prompt]), 0)
+    check_language_model(session)
+    row = continuation(session, prompt, options, _tokenizer(session, options, [prompt]), 0)
     counts = Counts()
     chunk = options.prefill_chunk or PREFILL_CHUNK
     steps = decode(session, row, chunk=chunk, draft=prompt_lookup or 0, held=held, counts=counts)
@@ -324,7 +250,7 @@ def generate_batch(session: Session, prompts: Iterable[Prompt], **options: Any) 
         InputError: see :func:`generate`; also no prompts at all. Names the prompt by its index.
     """
     chosen = GenerationOptions.of(options)
-    _check_language_model(session)
+    check_language_model(session)
     if chosen.prompt_lookup:
         raise InputError(
             "prompt_lookup is given for a batch", "it works for one prompt: use generate()"
@@ -338,7 +264,7 @@ def generate_batch(session: Session, prompts: Iterable[Prompt], **options: Any) 
     rows = []
     for index, prompt in enumerate(listed):
         try:
-            rows.append(_continuation(session, prompt, chosen, tokenizer, index))
+            rows.append(continuation(session, prompt, chosen, tokenizer, index))
         except InputError as error:
             raise InputError(f"prompt {index}: {error.message}", error.hint) from None
     seconds = [0.0] * len(rows)
@@ -376,8 +302,8 @@ def teacher_forced_logits(
         InputError: not a language model, no ids, ids outside the vocabulary, or more of them than
             the model has positions.
     """
-    _check_language_model(session)
-    _whole("chunk", chunk, 1)
+    check_language_model(session)
+    whole_number("chunk", chunk, 1)
     metadata = session.bundle.manifest.metadata
     listed = _checked_ids(ids, metadata)
     positions = metadata.get("max_positions")
@@ -391,7 +317,12 @@ def teacher_forced_logits(
     return np.concatenate(parts).astype(np.float32, copy=False)
 
 
-def _check_language_model(session: Session) -> None:
+def check_language_model(session: Session) -> None:
+    """Refuse a session that generates nothing.
+
+    Raises:
+        InputError: its model is no language model.
+    """
     task = session.bundle.manifest.task
     if task != "causal-lm":
         raise InputError(
@@ -404,27 +335,35 @@ def _tokenizer(
     session: Session, options: GenerationOptions, prompts: Sequence[object]
 ) -> Tokenizer | None:
     """The bundle's tokenizer if something needs one."""
-    if options.stop or any(options.gives_text(p) or _is_text(p) for p in prompts):
+    needed = options.stop or options.constrained
+    if needed or any(options.gives_text(p) or is_text(p) for p in prompts):
         return Tokenizer.from_bundle(session.bundle.files)
     return None
 
 
-def _continuation(
+def continuation(
     session: Session,
     prompt: object,
     options: GenerationOptions,
     tokenizer: Tokenizer | None,
     row: int,
 ) -> Continuation:
+    """What decides about one prompt; ``row`` is which of several with the same options it is.
+
+    Raises:
+        InputError, MissingExtraError: see :func:`generate`.
+    """
     metadata = session.bundle.manifest.metadata
-    if tokenizer is not None and _is_text(prompt):
+    if tokenizer is not None and is_text(prompt):
         prompt = _encoded(session, prompt, tokenizer)
     ids = _checked_ids(prompt, metadata)
-    return Continuation(ids, options.rules(metadata, len(ids)), tokenizer, row=row)
-
-
-def _is_text(prompt: object) -> bool:
-    return isinstance(prompt, str) or is_messages(prompt)
+    rules = options.rules(metadata, len(ids))
+    constraint = None
+    text = checked_grammar(options.response_format, options.grammar)
+    if text is not None and tokenizer is not None:
+        size = metadata.get("vocab_size")
+        constraint = Grammar(text, tokenizer, rules.stop_token_ids, size)
+    return Continuation(ids, rules, tokenizer, constraint, row)
 
 
 def _encoded(session: Session, prompt: Any, tokenizer: Tokenizer) -> list[int]:
@@ -475,23 +414,6 @@ def _valid_ids(prompt: object) -> list[int]:
     if array.ndim == 2 and len(array) > 1:
         raise InputError(f"{len(array)} prompts are given at once", hint)
     return [int(i) for i in array.reshape(-1)]
-
-
-def _stop_ids(value: Any) -> frozenset[int]:
-    listed = isinstance(value, (list, tuple, set, frozenset, np.ndarray))
-    several: list[Any] = list(value) if listed else [value]
-    good = all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in several)
-    if not good:
-        raise InputError(
-            f"stop_token_ids is {value!r}", "stop_token_ids is a token id or a list of them"
-        )
-    return frozenset(int(i) for i in several)
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise InputError(f"{name} is {value!r}", f"{name} is a whole number from {least}")
 
 
 def _rate(count: int, seconds: float | None) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import tokenizers
 
 from hal.bundle.files import BundleFiles
@@ -14,6 +16,9 @@ class Tokenizer:
     """Text to token ids and back, from ``tokenizer/tokenizer.json`` of a bundle."""
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        # What the file was last used with; a prompt is neither padded nor cut.
+        inner.no_padding()
+        inner.no_truncation()
         self._inner = inner
 
     @classmethod
@@ -23,12 +28,20 @@ class Tokenizer:
         Raises:
             InputError: the bundle has none.
         """
+        if files in _READ:
+            return _READ[files]
         if TOKENIZER_FILE not in files:
             raise InputError(
                 "the bundle has no tokenizer",
                 "pass token ids instead of text, or compile from a directory with a tokenizer.json",
             )
-        return cls(tokenizers.Tokenizer.from_str(files.read(TOKENIZER_FILE).decode()))
+        found = cls(tokenizers.Tokenizer.from_str(files.read(TOKENIZER_FILE).decode()))
+        _READ[files] = found
+        return found
+
+    def to_json(self) -> str:
+        """The tokenizer as the text of a ``tokenizer.json``."""
+        return str(self._inner.to_str())
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``.
@@ -43,6 +56,10 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids`` without special tokens."""
         return str(self._inner.decode(ids, skip_special_tokens=True))
+
+
+_READ: weakref.WeakKeyDictionary[BundleFiles, Tokenizer] = weakref.WeakKeyDictionary()
+"""Tokenizers of bundles that are open: reading a large one takes a second."""
 
 
 class TextStream:

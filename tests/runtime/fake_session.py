@@ -109,5 +109,7 @@ class OneRowSession(FakeSession):
 class Files(dict[str, bytes]):
     """The members of a bundle, in memory."""
 
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
     def read(self, name: str) -> bytes:
         return self[name]

@@ -41,3 +41,11 @@ def test_a_stream_after_a_prompt_keeps_the_space_between_them() -> None:
     inner.decoder = decoders.Metaspace()
     stream = TextStream(Tokenizer(inner), before=[0])
     assert stream.push(1) == " statement"
+
+
+def test_padding_and_truncation_of_the_file_do_not_touch_a_prompt() -> None:
+    inner = Inner(models.WordLevel({"a": 0, "[PAD]": 1}, unk_token="a"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.enable_padding(pad_id=1, length=8)
+    inner.enable_truncation(2)
+    assert Tokenizer(inner).encode("a a a") == [0, 0, 0]
