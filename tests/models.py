@@ -20,6 +20,7 @@ CAUSAL_LMS = (
     "qwen3_moe",
     "deepseek_v2",
     "deepseek_v3",
+    "qwen3_next",
 )
 ENCODERS = ("bert", "bert_classifier")
 IMAGE_CLASSIFIERS = ("vit", "resnet", "convnext")
@@ -98,6 +99,23 @@ _TINY: dict[str, tuple[type, type, dict[str, Any]]] = {
         {**_LATENT, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
     ),
     "deepseek_v3": (tf.DeepseekV3Config, tf.DeepseekV3ForCausalLM, _LATENT),
+    "qwen3_next": (
+        tf.Qwen3NextConfig,
+        tf.Qwen3NextForCausalLM,
+        {
+            **_LM,
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
     "bert": (tf.BertConfig, tf.BertModel, _BERT),
     "bert_classifier": (
         tf.BertConfig,
