@@ -252,7 +252,7 @@ def absorbed_output(
 def _per_query_head(heads: int, table: np.ndarray) -> np.ndarray:
     """One matrix per query head from one per key-value head; a single one is left to broadcast."""
     if len(table) == 1:
-        return table[0]
+        return np.asarray(table[0])
     return np.repeat(table, heads // len(table), axis=0)
 
 

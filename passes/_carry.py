@@ -51,6 +51,8 @@ def absorption(paths: TokenPaths, cut: Sequence[ir.Value]) -> Absorption | None:
     for_key, for_value = paths.reaching(paths.key), paths.reaching(paths.value)
     value_parts = tuple(sorted((v for v in cut if v in for_value), key=lambda v: v not in for_key))
     others = tuple(v for v in cut if v not in for_value)
+    if any(v.dtype != paths.query.dtype for v in cut):
+        return None  # a cast after the cut: parts would have to be carried in another type
     joint = any(v in for_key for v in value_parts)
     parts = (*value_parts, *others)
     key_parts = parts if joint else others
@@ -182,7 +184,7 @@ class Rewrite:
         size = int(self._paths.shapes.shape[self._paths.query][3])
         attributes.setdefault("scale", 1.0 / math.sqrt(size))
         marks = dict(node.metadata_props)
-        if mask is not None and marks.pop(CAUSAL_KEY, None):
+        if mask is not None and marks.pop(CAUSAL_KEY, ""):
             mask, attributes["is_causal"] = None, 1
         first = self._edit.op("Attention", [q, k, v, mask, past_k, past_v], attributes, outputs=3)
         made = first.producer()
@@ -264,7 +266,8 @@ class Rewrite:
             names = [f"{n}.{len(self._names)}" for n in names]
         self._names.add(names[0])
         axes = ("batch", "head", "position", "channel")
-        self.carried.append(Carried(State(*names, kind, axes, 2), past, present))
+        state = State(names[0], names[1], names[2], kind, axes, 2)
+        self.carried.append(Carried(state, past, present))
 
 
 def _renamed(text: str, old: State, kind: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -136,6 +136,8 @@ def token_paths(graph: Graph, edit: Editor, node: ir.Node, shapes: Shapes) -> To
     Raises:
         NotTokenWiseError: keys or values are not carried state and new tokens, or use neither.
     """
+    if node.graph is not graph.graph:
+        raise NotTokenWiseError("the op is in the body of another")
     q, k, v = node.inputs[:3]
     if q is None or k is None or v is None or any(rank(x) != 4 for x in (q, k, v)):
         raise NotTokenWiseError("queries, keys and values have no axis for heads")
@@ -145,7 +147,7 @@ def token_paths(graph: Graph, edit: Editor, node: ir.Node, shapes: Shapes) -> To
     if q_shape[2].is_Integer or q_shape[2].atoms(sympy.Dummy) or not q_shape[1].is_Integer:
         raise NotTokenWiseError("the number of new tokens is not a free dim")
     paths = TokenPaths(node, shapes, k, v, (q_shape[2], k_shape[2]), q_shape[0])
-    states = {s.input: s for s in graph.state if s.growth_axis is not None}
+    states: dict[str | None, State] = {s.input: s for s in graph.state if s.growth_axis is not None}
     _own_appends(paths, states)
     _unrepeat(paths, edit)
     for operand in (paths.key, paths.value):
@@ -160,7 +162,7 @@ def token_paths(graph: Graph, edit: Editor, node: ir.Node, shapes: Shapes) -> To
     return paths
 
 
-def _own_appends(paths: TokenPaths, states: dict[str | None, State]) -> None:
+def _own_appends(paths: TokenPaths, states: Mapping[str | None, State]) -> None:
     """Where the op itself puts new keys and values after the past ones."""
     node = paths.node
     for new, past, present in ((1, 4, 1), (2, 5, 2)):
@@ -188,7 +190,7 @@ def _unrepeat(paths: TokenPaths, edit: Editor) -> None:
     paths.key, paths.value = k, v
 
 
-def _walk(paths: TokenPaths, value: ir.Value, states: dict[str | None, State]) -> None:
+def _walk(paths: TokenPaths, value: ir.Value, states: Mapping[str | None, State]) -> None:
     value = paths.canonical(value)
     if value in paths.steps:
         return
@@ -208,7 +210,9 @@ def _walk(paths: TokenPaths, value: ir.Value, states: dict[str | None, State]) -
     paths.steps[value] = step
 
 
-def _append(paths: TokenPaths, value: ir.Value, states: dict[str | None, State]) -> Append | None:
+def _append(
+    paths: TokenPaths, value: ir.Value, states: Mapping[str | None, State]
+) -> Append | None:
     """``Concat(past, new)`` along the axis that counts tokens, the past being carried state."""
     node = value.producer()
     if not is_op(node, "Concat") or node is None or len(node.inputs) != 2:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from hal import descriptor
 from hal.ir import Graph, State
+from hal.passes._edit import all_values
 from hal.runtime.verification import run_reference
 from tests.passes.toys import Toy
 
@@ -179,9 +180,23 @@ def two_latents() -> Graph:
     return t.graph()
 
 
-def difference(before: Graph, after: Graph, lengths: tuple[int, ...] = (5, 1, 3, 1)) -> float:
+def in_half(graph: Graph) -> Graph:
+    """The same decoder in float16."""
+    half = ir.TensorType(ir.DataType.FLOAT16)
+    for value in all_values(graph):
+        if value.dtype is not ir.DataType.FLOAT:
+            continue
+        value.type = half
+        if value.const_value is not None:
+            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float16))
+    return graph
+
+
+def difference(
+    before: Graph, after: Graph, lengths: tuple[int, ...] = (5, 1, 3, 1), dtype: str = "float32"
+) -> float:
     """Largest difference of ``y`` over calls in a row, the state carried between them, batch 2."""
     rng = np.random.default_rng(0)
-    steps = [{"x": rng.standard_normal((2, n, HIDDEN)).astype(np.float32)} for n in lengths]
+    steps = [{"x": rng.standard_normal((2, n, HIDDEN)).astype(dtype)} for n in lengths]
     pairs = zip(run_reference(before, steps), run_reference(after, steps), strict=True)
-    return max(float(np.abs(a["y"] - b["y"]).max()) for a, b in pairs)
+    return max(float(np.abs(a["y"].astype(float) - b["y"]).max()) for a, b in pairs)

@@ -139,6 +139,16 @@ def test_large_matrices_are_computed_when_they_are_read(monkeypatch: pytest.Monk
     assert toys.difference(graph, result) <= TOLERANCE
 
 
+def test_matrices_have_the_dtype_of_the_weights_that_they_are_made_of() -> None:
+    graph = toys.in_half(toys.two_latents())
+    result, _ = passed(graph)
+    assert [s.kind for s in result.state] == ["key", "value"]
+    assert layers(result)[0]["bytes"] == 2 * (5 + 5)
+    maps = [v for n, v in result.graph.initializers.items() if n.endswith("_map")]
+    assert {v.dtype for v in maps} == {ir.DataType.FLOAT16}
+    assert toys.difference(graph, result, dtype="float16") <= 1e-2
+
+
 # --- keys and values straight from the hidden state --------------------------------------------
 
 
