@@ -152,7 +152,7 @@ class _Lowering:
             tuple(pools),
         )  # fmt: skip
 
-    # -- positions and extents -----------------------------------------------------------------------
+    # -- positions and extents --------------------------------------------------------------------
 
     def _positions(self) -> list[ir.Value]:
         """Values ``[batch, sequence]`` that are ``past + 0, 1, …`` in every row."""
@@ -233,7 +233,7 @@ class _Lowering:
         made = parts[0] if len(parts) == 1 else self.edit.op("Concat", parts, {"axis": 0})
         self.edit.replace(node.outputs[0], made)
 
-    # -- attention -----------------------------------------------------------------------------------
+    # -- attention --------------------------------------------------------------------------------
 
     def _lower(self, site: Site, past: ir.Value) -> list[CachePool]:
         node = site.node
@@ -340,7 +340,7 @@ class _Lowering:
         packed.shape, packed.type = half, ir.TensorType(ir.DataType.UINT8)
         return packed
 
-    # -- inputs --------------------------------------------------------------------------------------
+    # -- inputs -----------------------------------------------------------------------------------
 
     def _group(self, window: int, past: ir.Value) -> CacheGroup:
         if window not in self.groups:

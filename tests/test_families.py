@@ -52,12 +52,7 @@ def test_equals_torch_eager(
 def test_greedy_tokens_are_those_of_transformers(
     compiled: tuple[str, torch.nn.Module, hal.Bundle], route: str
 ) -> None:
-    name, module, bundle = compiled
-    if name not in models.CAUSAL_LMS:
-        pytest.skip("no language model")
-    rng = np.random.default_rng(5)
-    prompts = [rng.integers(3, module.config.vocab_size, n).tolist() for n in (5, 12)]
-    expected = [_greedy(module, prompt) for prompt in prompts]
+    bundle, prompts, expected = _generation(compiled)
     session = bundle.session(route)
     for prompt, tokens in zip(prompts, expected, strict=True):
         assert list(session.generate(prompt, max_new_tokens=NEW_TOKENS)) == tokens
@@ -65,6 +60,58 @@ def test_greedy_tokens_are_those_of_transformers(
         assert list(guessed) == tokens
     batch = session.generate_batch(prompts, max_new_tokens=NEW_TOKENS, prefill_chunk=7)
     assert [row.token_ids for row in batch] == expected
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_paged_cache_gives_the_same_tokens(
+    compiled: tuple[str, Any, hal.Bundle], route: str
+) -> None:
+    bundle, prompts, expected = _generation(compiled)
+    if bundle.manifest.builds[route].cache["fixed"]:
+        bundle = bundle.retarget(route, kv_cache="paged", verify=False)
+    session = bundle.session(route, kv_layout="paged")
+    batch = session.generate_batch(prompts, max_new_tokens=NEW_TOKENS)
+    assert [row.token_ids for row in batch] == expected
+
+
+@pytest.mark.parametrize(("start", "goal"), [ROUTES, ROUTES[::-1]])
+def test_a_conversation_moves_between_routes_and_layouts(
+    compiled: tuple[str, Any, hal.Bundle], start: str, goal: str, tmp_path: Path
+) -> None:
+    bundle, prompts, continuations = _generation(compiled)
+    prompt, expected = prompts[0], continuations[0]
+    layout = None if bundle.manifest.builds[start].cache["fixed"] else "paged"
+    first = bundle.session(start, kv_layout=layout)
+    said = first.generate(prompt, max_new_tokens=NEW_TOKENS // 2)
+    assert list(said) == expected[: NEW_TOKENS // 2]
+    first.export_state([said.held_ids]).save(tmp_path / "state")
+    second = bundle.session(goal)
+    state = second.import_state(tmp_path / "state")
+    assert state.token_ids is not None
+    rest = second.generate(
+        prompt + expected[: NEW_TOKENS // 2],
+        held=state.token_ids[0],
+        max_new_tokens=NEW_TOKENS // 2,
+    )
+    assert list(rest) == expected[NEW_TOKENS // 2 :]
+    assert rest.stats()["reused_tokens"] == len(state.token_ids[0])
+
+
+_EXPECTED: dict[str, tuple[list[list[int]], list[list[int]]]] = {}
+
+
+def _generation(
+    compiled: tuple[str, torch.nn.Module, hal.Bundle],
+) -> tuple[hal.Bundle, list[list[int]], list[list[int]]]:
+    """A language model's bundle, prompts, and what transformers continues them with."""
+    name, module, bundle = compiled
+    if name not in models.CAUSAL_LMS:
+        pytest.skip("no language model")
+    if name not in _EXPECTED:
+        rng = np.random.default_rng(5)
+        prompts = [rng.integers(3, module.config.vocab_size, n).tolist() for n in (5, 12)]
+        _EXPECTED[name] = prompts, [_greedy(module, prompt) for prompt in prompts]
+    return bundle, *_EXPECTED[name]
 
 
 def _greedy(module: Any, prompt: list[int]) -> list[int]:

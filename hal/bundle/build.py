@@ -19,7 +19,7 @@ import hal
 from hal.bundle.manifest import BuildRecord, FileRecord
 from hal.errors import TargetError
 from hal.ir import Graph
-from hal.ir.cache_plan import PLAN_KEY
+from hal.ir.cache_plan import FIXED_KEY, PLAN_KEY
 from hal.runtime.cache import cache_folder, entry_writer
 from hal.targets import ResolvedTarget, code_digest, load_backend, partition
 from hal.targets.backend import Backend, BuildContext
@@ -101,6 +101,7 @@ def _build(
     other = FALLBACK_BACKEND if fallback and backend.name != FALLBACK_BACKEND else None
     plan = partition.plan(legal, backend.name, verdicts, other)
     segments: list[dict[str, Any]] = []
+    fixed = bool(legal.metadata.get(FIXED_KEY))
     for index, segment in enumerate(plan.segments):
         owner = backend if segment.backend == backend.name else load_backend(segment.backend)
         part = (
@@ -116,6 +117,7 @@ def _build(
                 if not (verdict := owner.supports(n, target.descriptor)).claimed
             ]
             partition.require_all(refused, f"{backend.name} or {owner.name}")
+        fixed |= bool(part.metadata.get(FIXED_KEY))
         place = folder / f"{index:02d}-{owner.name}"
         place.mkdir()
         built = owner.build(part, BuildContext(target.descriptor, place, root))
@@ -128,6 +130,7 @@ def _build(
                 "record": built,
             }
         )
+    cache = graph.metadata.get(PLAN_KEY)
     return BuildRecord(
         target=target.name,
         route=target.route_name,
@@ -137,7 +140,7 @@ def _build(
         segments=segments,
         placement=plan.placement(),
         toolchain=toolchain,
-        cache=graph.metadata.get(PLAN_KEY),
+        cache=None if cache is None else {**cache, "fixed": fixed},
     )
 
 

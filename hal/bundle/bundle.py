@@ -52,32 +52,45 @@ class Bundle:
         """
         return load_graph(self.files)
 
-    def session(self, target: str | None = None, *, threads: int | None = None) -> Session:
+    def session(
+        self,
+        target: str | None = None,
+        *,
+        threads: int | None = None,
+        kv_layout: str | None = None,
+    ) -> Session:
         """Load a build; without ``target``, the best one in the bundle for this machine.
 
+        ``kv_layout`` (``contiguous`` or ``paged``) overrides the layout of the build's cache.
+
         Raises:
+            InputError: the build cannot use that layout.
             TargetError: there is no such build, or it cannot run here.
         """
         from hal.runtime.session import open_session
 
-        return open_session(self, target, threads=threads)
+        return open_session(self, target, threads=threads, kv_layout=kv_layout)
 
     def retarget(
         self,
         target: str | Sequence[str],
         output: str | Path | None = None,
         *,
+        kv_cache: str | None = None,
         verify: bool = True,
         fallback: bool = True,
     ) -> Bundle:
         """A new bundle with a build for ``target``, from the neutral graph alone (no torch needed).
+
+        ``kv_cache`` chooses how its cache is carried (``contiguous``, ``paged``, ``int8``,
+        ``int4``); default: as the bundle's first build does.
 
         Raises:
             TargetError, UnsupportedError, CheckFailed: as :func:`hal.compile`.
         """
         from hal.compiler import retarget
 
-        return retarget(self, target, output, verify=verify, fallback=fallback)
+        return retarget(self, target, output, kv_cache=kv_cache, verify=verify, fallback=fallback)
 
     def verify(self, target: str | None = None, *, against: Any = None) -> dict[str, Any]:
         """Run builds against the reference and return the error figures by target.

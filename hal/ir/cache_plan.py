@@ -18,6 +18,9 @@ PLAN_KEY = "cache_plan"
 ALIAS_KEY = "cache_alias"
 """Where a backend leaves further outputs that share an input's memory."""
 
+FIXED_KEY = "cache_fixed"
+"""Set in the metadata by a backend whose build relies on the plan's layout."""
+
 PAST = "hal.past"
 """Input int64 [batch]: tokens that each row has seen."""
 
@@ -84,13 +87,18 @@ class CachePool:
 
 @dataclasses.dataclass(frozen=True)
 class CachePlan:
-    """All pools of a build. ``ragged``: rows of a batch may differ in length."""
+    """All pools of a build.
+
+    ``ragged``: rows of a batch may differ in length. ``fixed``: the build relies on ``layout``, so
+    a session may not choose the other one.
+    """
 
     layout: str
     bits: int
     ragged: bool
     groups: tuple[CacheGroup, ...]
     pools: tuple[CachePool, ...]
+    fixed: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready; inverse of :meth:`from_json`."""
@@ -105,6 +113,7 @@ class CachePlan:
             data["ragged"],
             tuple(CacheGroup(**g) for g in data["groups"]),
             tuple(CachePool(**p) for p in data["pools"]),
+            data.get("fixed", False),
         )
 
     def token_bytes(self) -> int:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from hal.bundle.manifest import GRAPH
 from hal.descriptor import parse
-from hal.errors import InputError, TargetError
+from hal.errors import InputError, TargetError, did_you_mean
 from hal.ir import Dim, State, TensorSpec
-from hal.ir.cache_plan import CachePlan
+from hal.ir.cache_plan import LAYOUTS, CachePlan
+from hal.runtime import saved_state
 from hal.runtime.arrays import check_inputs
 from hal.runtime.executable import SegmentedExecutable
+from hal.runtime.saved_state import SavedState
 from hal.runtime.state import CarriedState
 from hal.targets import load_backend
 from hal.targets.backend import LoadContext
@@ -34,7 +41,14 @@ class Session:
         session.reset()
     """
 
-    def __init__(self, bundle: Bundle, target: str, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        target: str,
+        *,
+        threads: int | None = None,
+        kv_layout: str | None = None,
+    ) -> None:
         self.bundle = bundle
         self.target = target
         manifest = bundle.manifest
@@ -43,6 +57,8 @@ class Session:
         self.outputs = tuple(spec_from_record(r.model_dump()) for r in manifest.outputs)
         self.states = tuple(State.from_json(_state_fields(s)) for s in manifest.state)
         plan = CachePlan.from_json(record.cache) if record.cache else None
+        if kv_layout is not None:
+            plan = _in_layout(plan, kv_layout, target)
         specs = {
             s["input"]: TensorSpec(s["input"], s["dtype"], tuple(s["dims"])) for s in manifest.state
         }
@@ -246,6 +262,49 @@ class Session:
             for s in self.states
         }
 
+    @property
+    def rows(self) -> list[int]:
+        """Rows of the batch that :meth:`run` goes on with."""
+        return list(self._rows)
+
+    def add_row(self, tokens: int, states: Mapping[str, tuple[np.ndarray, int]]) -> None:
+        """Give the batch one more row, filled with states in neutral form."""
+        row = self._state.add()
+        self._state.load(row, tokens, states)
+        self._rows.append(row)
+
+    @property
+    def model_digest(self) -> str:
+        """Names the neutral graph and its weights: bundles that carry the same state share it."""
+        files = self.bundle.manifest.files
+        facts = {n: r.sha256 for n, r in files.items() if n == GRAPH or n.startswith("weights-")}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def export_state(self, token_ids: Sequence[Sequence[int]] | None = None) -> SavedState:
+        """The carried state in a form that no build or layout shows in.
+
+        Args:
+            token_ids: for each row the tokens that it has seen, kept with the state.
+
+        Raises:
+            InputError: the number of ids is not that of the tokens seen.
+        """
+        return saved_state.export_state(self, token_ids)
+
+    def import_state(self, state: SavedState | str | Path) -> SavedState:
+        """Go on from a state of the same model, whatever build or layout it came from.
+
+        Returns:
+            The state.
+
+        Raises:
+            InputError: the state is of another model, or its file is damaged or missing.
+        """
+        if not isinstance(state, SavedState):
+            state = SavedState.load(state)
+        saved_state.import_state(self, state)
+        return state
+
     def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """What the model predicts after each token of ``ids``, teacher-forced from position 0.
 
@@ -263,7 +322,11 @@ class Session:
         return teacher_forced_logits(self, ids)
 
     def generate(self, prompt: Prompt, **options: Any) -> Generated:
-        """Continue a prompt; see :func:`hal.runtime.generate.generate` for the options.
+        """Continue a prompt.
+
+        Args:
+            prompt: text, messages of a chat, or token ids.
+            options: see :func:`hal.runtime.generate.generate`.
 
         Args:
             prompt: text, the messages of a chat, or token ids.
@@ -306,12 +369,31 @@ class Session:
         raise TypeError("a Session is not iterable; call it, or use session.generate(...)")
 
 
+def _in_layout(plan: CachePlan | None, layout: str, target: str) -> CachePlan:
+    if layout not in LAYOUTS:
+        raise InputError(f"kv_layout={layout!r} is unknown", did_you_mean(layout, LAYOUTS))
+    if plan is None or (plan.fixed and plan.layout != layout):
+        has = "carries no cache in pools" if plan is None else f"has a {plan.layout} cache"
+        raise InputError(
+            f"the build for {target!r} {has}, it cannot use a {layout} one",
+            f"build it so: hal retarget BUNDLE --target {target} --kv-cache {layout} -o OUT",
+        )
+    return dataclasses.replace(plan, layout=layout)
+
+
 def open_session(
-    bundle: Bundle, target: str | None = None, *, threads: int | None = None
+    bundle: Bundle,
+    target: str | None = None,
+    *,
+    threads: int | None = None,
+    kv_layout: str | None = None,
 ) -> Session:
     """Load a build; without ``target``, the best one in the bundle that can run here.
 
+    ``kv_layout`` (``contiguous``, ``paged``) overrides how the build's cache is laid out.
+
     Raises:
+        InputError: the build cannot use that layout.
         TargetError: no such build, or none that can run on this machine.
     """
     builds = bundle.manifest.builds
@@ -322,14 +404,14 @@ def open_session(
                 f"the bundle has no build for {target!r} (it has {', '.join(builds) or 'none'})",
                 f"add one: hal retarget {bundle.path} --target {target} -o OUT.hal",
             )
-        return Session(bundle, name, threads=threads)
+        return Session(bundle, name, threads=threads, kv_layout=kv_layout)
     reasons = []
     for name, record in builds.items():
         probe = load_backend(record.backend).probe()
         if probe.status == "absent":
             reasons.append(f"{name}: {probe.reason}")
             continue
-        return Session(bundle, name, threads=threads)
+        return Session(bundle, name, threads=threads, kv_layout=kv_layout)
     raise TargetError(
         "no build in the bundle can run here" + (f" ({'; '.join(reasons)})" if reasons else ""),
         f"add one for this machine: hal retarget {bundle.path} --target host -o OUT.hal",

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from hal.errors import GraphError
 from hal.ir import Graph
-from hal.ir.cache_plan import ALIAS_KEY, plan_of
+from hal.ir.cache_plan import ALIAS_KEY, FIXED_KEY, plan_of
 from hal.ir.inline import infer_types, inline_functions, may_have_body
 from hal.targets.onnxruntime import fuse
 from hal.targets.onnxruntime.cached_attention import fuse_cached_attention
@@ -54,7 +54,9 @@ def legalize(graph: Graph) -> Graph:
     metadata, plan = dict(graph.metadata), plan_of(graph)
     if plan is not None and plan.layout == "contiguous" and not plan.bits:
         added = fuse_cached_attention(model)
-        metadata[ALIAS_KEY] = {**metadata.get(ALIAS_KEY, {}), **added}
+        if any(n.op_type == "GroupQueryAttention" for n in model.graph):
+            metadata[ALIAS_KEY] = {**metadata.get(ALIAS_KEY, {}), **added}
+            metadata[FIXED_KEY] = True
     model, version = _inline_what_lacks_kernels(model)
     _stamp(model, version)
     _enter_loops_with_scalars(model)
