@@ -144,7 +144,7 @@ def main() -> None:
         ]
         scores = model.loglikelihood_rolling([Request((text,)) for text in sentences])
         for text, score in zip(sentences, scores, strict=True):
-            print(f"{score / len(text.encode()) / np.log(2):.2f} bits per byte: {text}")
+            print(f"{-score / len(text.encode()) / np.log(2):.2f} bits per byte: {text}")
         answer = Request(("The for statement", {"until": ["\n\n"], "max_gen_toks": 16}))
         print(repr(model.generate_until([answer])[0]))
 

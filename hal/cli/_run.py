@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json as json_module
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,6 +74,10 @@ def run_command(
         int | None,
         typer.Option("--prompt-lookup", metavar="N", help="Guess N tokens ahead from the context."),
     ] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option("--json-schema", metavar="FILE", help="A JSON schema that the text keeps to."),
+    ] = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Print rates and the size of the carried state.")
     ] = False,
@@ -101,6 +106,7 @@ def run_command(
         "stop": stop,
         "seed": seed,
         "prompt_lookup": prompt_lookup,
+        "response_format": None if json_schema is None else _response_format(json_schema),
     }
     with open_bundle(bundle).session(target, threads=threads) as session:
         if prompt is not None or chat:
@@ -114,6 +120,21 @@ def run_command(
     if output is not None:
         write_arrays(output, outputs)
     _print_outputs(name, outputs, output, json)
+
+
+def _response_format(file: Path) -> dict[str, Any]:
+    """The generation option for a file with a schema.
+
+    Raises:
+        InputError: the file cannot be read or is no JSON.
+    """
+    try:
+        schema = json_module.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--json-schema: cannot read {file} ({error})", "give a file with a JSON schema"
+        ) from None
+    return {"type": "json_schema", "json_schema": {"schema": schema}}
 
 
 def _random(session: Session, seed: int, extents: Mapping[str, int]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,18 @@ def test_a_chat_with_a_prompt_is_one_answer(hal_command: Hal, chat: Path) -> Non
     result = hal_command("run", chat, "--chat", *PROMPT, "--json")
     assert result.json["messages"][0]["content"] == "The for statement"
     assert len(result.json["turns"]) == 1
+
+
+def test_text_keeps_to_a_schema_in_a_file(hal_command: Hal, chat: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["for", "while"]}')
+    result = hal_command("run", chat, *PROMPT, "--json-schema", schema, "--json")
+    assert json.loads(result.json["text"]) in ("for", "while")
+    schema.write_text("{")
+    result = hal_command("run", chat, *PROMPT, "--json-schema", schema)
+    assert result.code == 2
+    assert result.err.startswith(f"error: --json-schema: cannot read {schema}")
 
 
 @pytest.mark.parametrize(
