@@ -65,14 +65,15 @@ def _past_inside(edit: Editor, node: ir.Node) -> bool:
         return False
     if length > taps - 1:
         cut = [edit.constant([n]) for n in (length - taps + 1, _END, 2, 1)]
-        past = edit.op("Slice", [past, *cut])
-        past.type, past.shape = state.type, state.shape
+        whole, past = past, edit.op("Slice", [past, *cut])
+        assert whole.shape is not None
+        past.type, past.shape = whole.type, ir.Shape([*whole.shape[:2], taps - 1])
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     attributes = {k: a.value for k, a in node.attributes.items()}
     fused = edit.op("CausalConvWithState", [x, weight, bias, past], attributes, outputs=2, like=x)
     made = fused.producer()
     assert made is not None
-    made.outputs[1].type, made.outputs[1].shape = state.type, state.shape
+    made.outputs[1].type, made.outputs[1].shape = past.type, past.shape
     for tail in tails:
         edit.replace(tail.outputs[0], fused)
     return True
@@ -99,32 +100,34 @@ def _narrow(graph: Graph, state: State) -> State | None:
     if state.growth_axis is not None or rank(past) != 3:
         return None
     reads = {n for n, _ in past.uses() if not _is_extent(n)}
+    concats = {n for n in reads if is_op(n, "Concat") and n.inputs[0] is past}
     cuts = {n for n in reads if _is_tail(n)}
-    concats = {n for n in reads - cuts if is_op(n, "Concat") and n.inputs[0] is past}
-    convs = {user for cut in cuts for user, _ in cut.outputs[0].uses()}
-    if len(reads) != 2 or len(cuts) != 1 or len(concats) != 1 or len(convs) != 1:
+    if len(reads) != 2 or len(concats) != 1:
         return None
-    (cut,), (concat,), (conv,) = cuts, concats, convs
+    (concat,) = concats
+    seen = next(iter(cuts)).outputs[0] if cuts else past
+    convs = [n for n, _ in seen.uses() if n is not concat and not _is_extent(n)]
     whole = producer(present, "Slice")
     if (
-        not is_op(conv, "CausalConvWithState")
-        or conv.inputs[3] is not cut.outputs[0]
-        or list(concat.inputs[1:]) != [conv.inputs[0]]
+        len(convs) != 1
+        or not is_op(convs[0], "CausalConvWithState")
+        or convs[0].inputs[3] is not seen
+        or list(concat.inputs[1:]) != [convs[0].inputs[0]]
         or whole is None
         or not _is_tail(whole)
         or whole.inputs[0] is not concat.outputs[0]
         or len(concat.outputs[0].uses()) != 1
         or present.uses()
         or not same_dims(past, present)
-        or conv.outputs[1].is_graph_output()
+        or convs[0].outputs[1].is_graph_output()
     ):
         return None
-    new = conv.outputs[1]
-    past.shape = cut.outputs[0].shape
-    cut.outputs[0].replace_all_uses_with(past)
+    new = convs[0].outputs[1]
+    past.shape = seen.shape
+    if seen is not past:
+        seen.replace_all_uses_with(past)
     name, graph.graph.outputs[graph.graph.outputs.index(present)] = present.name, new
     present.name, new.name = f"{name}/whole", name
-    graph.graph.remove([whole, cut], safe=True)
     carried = dataclasses.replace(state, axes=("batch", "channel", "position"))
     graph.state = tuple(carried if s is state else s for s in graph.state)
     return carried
