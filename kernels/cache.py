@@ -44,7 +44,7 @@ def write(heads: int, channels: int, dtype: str) -> Any:
     def cache_write(  # type: ignore[no-untyped-def]
         pool_data: T.handle, update_data: T.handle, table_data: T.handle, lengths_data: T.handle
     ):
-        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8})
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
         pages = T.int64()
         page = T.int64()
         batch = T.int64()
@@ -186,7 +186,7 @@ def attention(a: Attention) -> Any:  # noqa: C901 - kernel text
         value_scales_data: T.handle,
         out_data: T.handle,
     ):
-        T.func_attr({"tirx.is_scheduled": True, "op_pattern": 8})
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
         batch = T.int64()
         new = T.int64()
         pages = T.int64()
