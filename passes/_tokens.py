@@ -382,7 +382,7 @@ def _expand(paths: TokenPaths, node: ir.Node, value: ir.Value) -> Step | None:
 
 _ELEMENT_WISE = (
     "Identity", "Cast", "Neg", "Mul", "Div", "Add", "Sub", "Sigmoid", "Tanh", "Relu", "Gelu",
-    "Swish", "Clip",
+    "Swish",
 )  # fmt: skip
 
 _RULES: dict[str, _Rule] = {
