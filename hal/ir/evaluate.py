@@ -139,7 +139,8 @@ def _weightless(
             if isinstance(tensor, ir.ExternalTensor):  # the model is run from bytes, without files
                 value.const_value = ir.Tensor(tensor.numpy(), tensor.dtype, name=name)
             continue
-        weights[name] = tensor.numpy()
+        # Weights of exported modules are often transposed views: laid out once, not in every call.
+        weights[name] = np.ascontiguousarray(tensor.numpy())
         value.type = ir.TensorType(tensor.dtype)
         value.shape = ir.Shape(tensor.shape.numpy())
         del model.graph.initializers[name]
