@@ -152,7 +152,7 @@ def bench_command(
 def _cases(
     bundle: Bundle, prompts: str | None, contexts: str | None, new_tokens: int | None, steps: int
 ) -> tuple[Case, ...]:
-    """Every context with every prompt; contexts ascend, so that each is run on top of the last.
+    """Every context with every prompt, short ones first: each goes on where the last one ended.
 
     Raises:
         InputError: a list does not read so, the model is no language model, or a case has more

@@ -6,9 +6,11 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hal.cli._output import format_bytes, format_seconds, print_facts, print_json, print_line
+from hal.errors import InputError
 
 if TYPE_CHECKING:
     from hal.runtime.generate import Generated
@@ -19,12 +21,14 @@ if TYPE_CHECKING:
 class Task:
     """What to generate and how to show it.
 
-    ``options`` are those of :func:`hal.runtime.generate.generate`.
+    ``options`` are those of :func:`hal.runtime.generate.generate`; the states are files.
     """
 
     prompt: str | None
     chat: bool
     system: str | None
+    load_state: Path | None
+    save_state: Path | None
     options: dict[str, Any]
     stats: bool
     json: bool
@@ -43,10 +47,15 @@ def run_task(session: Session, task: Task) -> None:
 
 
 def _continue(session: Session, task: Task) -> None:
-    assert task.prompt is not None
-    steps = session.generate(task.prompt, **task.options)
+    if task.load_state is None:
+        assert task.prompt is not None
+        steps = session.generate(task.prompt, **task.options)
+    else:
+        steps = _resume(session, task.load_state, task)
     text = _stream(steps, quiet=task.json)
     stats = statistics(session, steps)
+    if task.save_state is not None:
+        _save(session, steps, task.save_state)
     if task.json:
         print_json(
             {
@@ -67,6 +76,36 @@ def _continue(session: Session, task: Task) -> None:
     print_line(f"[{stats['new_tokens']} tokens on {session.target}, {rate:.1f} tokens/s]")
     if task.stats:
         _print_statistics(stats)
+
+
+def _resume(session: Session, file: Path, task: Task) -> Generated:
+    """Go on from a saved state, with the prompt as what comes next; without one, just go on.
+
+    Raises:
+        InputError: the state is of another model, damaged, of several rows or without token ids.
+    """
+    from hal.runtime.tokenizer import Tokenizer
+
+    state = session.import_state(file)
+    if state.token_ids is None or len(state.token_ids) != 1:
+        raise InputError(
+            f"{file} does not hold one sequence with its token ids", "save it with hal run"
+        )
+    held = list(state.token_ids[0])
+    tokenizer = Tokenizer.from_bundle(session.bundle.files)
+    more = tokenizer.encode(task.prompt or "", add_special_tokens=False)
+    return session.generate([*held, *more], held=held, as_text=True, **task.options)
+
+
+def _save(session: Session, steps: Generated, file: Path) -> None:
+    """Save the state after the whole text; a token that only ended it is left out."""
+    import numpy as np
+
+    ids = steps.held_ids
+    if steps.finish_reason == "length":
+        session.run({session.inputs[0].name: np.array([steps.token_ids[-1:]], np.int64)})
+        ids = [*ids, steps.token_ids[-1]]
+    session.export_state([ids]).save(file)
 
 
 def _chat(session: Session, task: Task) -> None:

@@ -78,6 +78,16 @@ def run_command(
         Path | None,
         typer.Option("--json-schema", metavar="FILE", help="A JSON schema that the text keeps to."),
     ] = None,
+    load_state: Annotated[
+        Path | None,
+        typer.Option(
+            "--load-state", metavar="FILE", help="Go on from a state; --prompt comes next."
+        ),
+    ] = None,
+    save_state: Annotated[
+        Path | None,
+        typer.Option("--save-state", metavar="FILE", help="Save the state after the text."),
+    ] = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Print rates and the size of the carried state.")
     ] = False,
@@ -89,13 +99,18 @@ def run_command(
     json: Json = False,
 ) -> None:
     """Run a bundle once; print each output's shape and digest, or the generated text."""
-    if prompt is None and not chat and not inputs and not random_inputs:
+    generates = prompt is not None or chat or load_state is not None
+    if not generates and not inputs and not random_inputs:
         raise InputError(
             "there is nothing to run on",
             "give --input name=file.npy, --random-inputs, --prompt or --chat",
         )
     if system is not None and not chat:
         raise InputError("--system is given without --chat", "add --chat, or leave it out")
+    if (load_state or save_state) and (chat or not generates):
+        raise InputError(
+            "--load-state and --save-state are for text that is continued", "use them with --prompt"
+        )
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -109,8 +124,9 @@ def run_command(
         "response_format": None if json_schema is None else _response_format(json_schema),
     }
     with open_bundle(bundle).session(target, threads=threads) as session:
-        if prompt is not None or chat:
-            run_task(session, Task(prompt, chat, system, options, stats, json))
+        if generates:
+            task = Task(prompt, chat, system, load_state, save_state, options, stats, json)
+            run_task(session, task)
             return
         arrays = read_arrays(inputs or [])
         if random_inputs:

@@ -95,6 +95,26 @@ def test_a_chat_with_a_prompt_is_one_answer(hal_command: Hal, chat: Path) -> Non
     assert len(result.json["turns"]) == 1
 
 
+def test_a_text_is_continued_from_a_saved_state(
+    hal_command: Hal, chat: Path, tmp_path: Path
+) -> None:
+    state, later = tmp_path / "a.state", tmp_path / "b.state"
+    whole = hal_command("run", chat, *PROMPT, "--json").json["token_ids"]
+    start = ["--prompt", "The for statement", "--max-new-tokens", 5]
+    first = hal_command("run", chat, *start, "--save-state", state, "--json").json
+    rest = ["--load-state", state, "--max-new-tokens", 7, "--save-state", later]
+    second = hal_command("run", chat, *rest, "--json").json
+    assert first["token_ids"] + second["token_ids"] == whole
+    third = hal_command("run", chat, "--load-state", later, "--prompt", " and", "--json").json
+    assert third["stats"]["reused_tokens"] == first["stats"]["prompt_tokens"] + 12
+    state.write_bytes(state.read_bytes()[:-1])
+    result = hal_command("run", chat, "--load-state", state)
+    assert result.code == 2
+    assert "is no state file, or it is damaged" in result.err
+    result = hal_command("run", chat, "--chat", "--save-state", state)
+    assert "--load-state and --save-state are for text" in result.err
+
+
 def test_text_keeps_to_a_schema_in_a_file(hal_command: Hal, chat: Path, tmp_path: Path) -> None:
     pytest.importorskip("llguidance")
     schema = tmp_path / "schema.json"
