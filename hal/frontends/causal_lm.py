@@ -110,7 +110,8 @@ class CausalLM(torch.nn.Module):
         for item, tensor in zip(self.layout, past, strict=True):
             item.write(cache, tensor)
         positions = self._positions(input_ids, past)
-        out = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **positions)
+        carried = {_cache_name(self.model): cache}
+        out = self.model(input_ids=input_ids, use_cache=True, **carried, **positions)
         return (out.logits, *(item.read(cache) for item in self.layout))
 
     def _positions(self, input_ids: torch.Tensor, past: list[torch.Tensor]) -> dict[str, Any]:
@@ -128,13 +129,20 @@ class CausalLM(torch.nn.Module):
         return {"position_ids": positions.expand(batch, length)}
 
 
+def _cache_name(model: transformers.PreTrainedModel) -> str:
+    """What ``forward`` calls the cache: models without attention have a name of their own."""
+    parameters = inspect.signature(model.forward).parameters
+    known = ("past_key_values", "cache_params")
+    return next((name for name in known if name in parameters), known[0])
+
+
 def _run(model: transformers.PreTrainedModel, batch: int, length: int, cache: Any = None) -> Any:
     """The cache after a forward pass on ``length`` tokens."""
     device = next(model.parameters()).device
     ids = torch.ones(batch, length, dtype=torch.int64, device=device)
     with torch.no_grad():
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-    cache = getattr(out, "past_key_values", None)
+        out = model(input_ids=ids, use_cache=True, **{_cache_name(model): cache})
+    cache = getattr(out, _cache_name(model), None)
     if cache is None or not getattr(cache, "layers", None):
         raise ExportError(
             f"{type(model).__name__} returns no cache made of layers",

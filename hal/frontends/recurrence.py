@@ -1,9 +1,10 @@
 """Recurrences over the sequence as one operator each, through the kernels' public functions.
 
-Modelling code calls what the kernel libraries (flash-linear-attention, causal-conv1d) call
-``chunk_gated_delta_rule`` or ``causal_conv1d_fn``. While :func:`fused_recurrences` is active, those
-functions are ours: operators that hold for every length, where the libraries' are written for one
-device, and transformers' own substitutes unroll to the length they are traced with.
+Modelling code calls what the kernel libraries (flash-linear-attention, causal-conv1d, mamba-ssm)
+call ``chunk_gated_delta_rule``, ``causal_conv1d_fn`` or ``mamba_chunk_scan_combined``. While
+:func:`fused_recurrences` is active, those functions are ours: operators that hold for every length,
+where the libraries' are written for one device, and transformers' own substitutes unroll to the
+length they are traced with.
 """
 
 from __future__ import annotations
@@ -107,9 +108,68 @@ def _causal_conv(
     return (y, state) if return_final_states else y
 
 
+def _state_space(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    chunk_size: int = 0,
+    D: torch.Tensor | None = None,  # noqa: N803 - the library's name
+    z: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    initial_states: torch.Tensor | None = None,
+    seq_idx: Any = None,
+    cu_seqlens: Any = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    **_: Any,
+) -> Any:
+    """A state space with a scalar decay for each head: linear attention of ``c`` to ``b``.
+
+    ``x [B, S, H, P]``, step sizes ``dt [B, S, H]``, ``a [H]``, ``b`` and ``c`` ``[B, S, G, N]``
+    with H a multiple of G. The state is ``[B, H, P, N]``.
+    """
+    _no_packing("a state space", seq_idx, cu_seqlens)
+    batch, length, heads, width = x.shape
+    size, dtype = b.shape[-1], x.dtype
+    x, b, c = x.float(), b.float(), c.float()
+    dt = dt.float() if dt_bias is None else (dt + dt_bias.to(dt.dtype)).float()
+    if dt_softplus:
+        dt = torch.nn.functional.softplus(dt)
+    if tuple(dt_limit) != (0.0, float("inf")) or not dt_softplus:
+        dt = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1])
+    if b.shape[2] != heads:
+        b, c = (y.repeat_interleave(heads // y.shape[2], dim=2) for y in (b, c))
+    if initial_states is None:
+        initial_states = x.new_zeros(batch, heads, width, size)
+    y, state = recurrent_ops.linear_attention(
+        c.reshape(batch, length, -1),
+        b.reshape(batch, length, -1),
+        (x * dt[..., None]).reshape(batch, length, -1),
+        initial_states.float().transpose(2, 3),
+        a.float() * dt,
+        None,
+        heads,
+        1.0,
+        "gated",
+    )
+    y = y.reshape(batch, length, heads, width)
+    if D is not None:
+        y = y + D.float().reshape(heads, -1) * x
+    if z is not None:
+        y = y * torch.nn.functional.silu(z.float())
+    y = y.to(dtype)
+    return (y, state.transpose(2, 3)) if return_final_states else y
+
+
 _OURS: dict[str, Callable[..., Any]] = {
     "chunk_gated_delta_rule": _delta_rule,
     "fused_recurrent_gated_delta_rule": _delta_rule,
+    "chunk_kda": _delta_rule,
+    "fused_recurrent_kda": _delta_rule,
+    "mamba_chunk_scan_combined": _state_space,
     "causal_conv1d_fn": _causal_conv,
 }
 """Ours, by the libraries' names. ``causal_conv1d_update`` writes into its argument and is called
