@@ -24,6 +24,7 @@ LAYERS = {
     "hal.bundle": "runtime",
     "hal.runtime": "runtime",
     "hal.compiler": "compiler",
+    "hal.server": "server",
     "hal.cli": "cli",
     "hal": "facade",
 }
@@ -38,7 +39,8 @@ MAY_IMPORT = {
     "targets": {"ir", "descriptor", "kernels"},
     "runtime": {"ir", "descriptor", "targets"},
     "compiler": {"ir", "descriptor", "frontends", "passes", "targets", "runtime"},
-    "cli": {"ir", "descriptor", "frontends", "targets", "runtime", "compiler", "facade"},
+    "server": {"runtime"},
+    "cli": {"ir", "descriptor", "frontends", "targets", "runtime", "compiler", "server", "facade"},
     "facade": {"compiler", "runtime", "targets"},
 }
 """The table of docs/architecture.md; every layer may also import itself and ``hal.errors``."""

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import hal
-from hal.cli import _bench, _compile, _demo, _inspect, _run, _targets, _verify
+from hal.cli import _bench, _compile, _demo, _inspect, _run, _serve, _targets, _verify
 
 
 def create() -> typer.Typer:
@@ -26,6 +26,7 @@ def create() -> typer.Typer:
     app.command("verify", epilog=_verify.EXAMPLE)(_verify.verify_command)
     app.command("inspect", epilog=_inspect.EXAMPLE)(_inspect.inspect_command)
     app.command("retarget", epilog=_compile.RETARGET_EXAMPLE)(_compile.retarget_command)
+    app.command("serve", epilog=_serve.EXAMPLE)(_serve.serve_command)
     app.command("bench", epilog=_bench.EXAMPLE)(_bench.bench_command)
     app.command("demo", epilog=_demo.EXAMPLE)(_demo.demo_command)
     app.add_typer(_targets.create(), name="targets")
