@@ -14,8 +14,8 @@ from hal.runtime.verification import run_reference
 from tests.passes.toys import Toy
 
 HIDDEN, HEADS, SIZE = 32, 4, 8
-RANK, ROPE = 12, 4
-"""Channels of the latent and of the key that turns with the position."""
+RANK, ROPE, PAIR = 12, 4, 8
+"""Channels of the latent, of the key that turns with the position, of each of two latents."""
 
 
 def machine(balance: float | None) -> descriptor.Descriptor:
@@ -171,8 +171,8 @@ def two_latents() -> Graph:
     q = t.heads(t.linear(t.hidden, HEADS * SIZE), HEADS, SIZE)
     operands = []
     for _ in range(2):
-        small = t("RMSNormalization", t.linear(t.hidden, 5), t.weight(5), axis=-1)
-        operands.append(t.heads(t.linear(small, HEADS * SIZE, inputs=5), HEADS, SIZE))
+        small = t("RMSNormalization", t.linear(t.hidden, PAIR), t.weight(PAIR), axis=-1)
+        operands.append(t.heads(t.linear(small, HEADS * SIZE, inputs=PAIR), HEADS, SIZE))
     past_k, past_v = t.past("key", HEADS, SIZE), t.past("value", HEADS, SIZE)
     keys = t.present(t.appended(past_k, operands[0]))
     values = t.present(t.appended(past_v, operands[1]))

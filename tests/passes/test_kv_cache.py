@@ -123,8 +123,8 @@ def test_latents_that_share_nothing_are_two_states() -> None:
     graph = toys.two_latents()
     result, _ = passed(graph)
     assert carried(result) == {
-        "past.0.key": ["batch", 1, "past", 5],
-        "past.0.value": ["batch", 1, "past", 5],
+        "past.0.key": ["batch", 1, "past", toys.PAIR],
+        "past.0.value": ["batch", 1, "past", toys.PAIR],
     }
     assert toys.difference(graph, result) <= TOLERANCE
 
@@ -143,7 +143,7 @@ def test_matrices_have_the_dtype_of_the_weights_that_they_are_made_of() -> None:
     graph = toys.in_half(toys.two_latents())
     result, _ = passed(graph)
     assert [s.kind for s in result.state] == ["key", "value"]
-    assert layers(result)[0]["bytes"] == 2 * (5 + 5)
+    assert layers(result)[0]["bytes"] == 2 * (toys.PAIR + toys.PAIR)
     maps = [v for n, v in result.graph.initializers.items() if n.endswith("_map")]
     assert {v.dtype for v in maps} == {ir.DataType.FLOAT16}
     assert toys.difference(graph, result, dtype="float16") <= 1e-2
