@@ -46,11 +46,22 @@ def _schedule_function(function: tirx.PrimFunc, lanes: int) -> tirx.PrimFunc | N
     """The scheduled function, or None where a transformation does not apply."""
     try:
         plan = s_tir.Schedule(function, debug_mask="none", error_render_level="none")
+        _inline_booleans(plan)
         for block in plan.get_child_blocks(plan.get_sblock("root")):
             _schedule_block(plan, block, lanes)
         return plan.mod["main"].with_attr("tirx.is_scheduled", True)
     except Exception:  # noqa: BLE001 - a schedule that does not apply raises many kinds
         return None
+
+
+def _inline_booleans(plan: Any) -> None:
+    """Compute conditions where they are used: TVM 0.27 generates no code for vectors of them."""
+    root = plan.get_sblock("root")
+    inner = list(plan.get(root).alloc_buffers)
+    for block in plan.get_child_blocks(root):
+        written = plan.get(block).writes[0].buffer
+        if str(written.dtype) == "bool" and any(written.same_as(b) for b in inner):
+            plan.compute_inline(block)
 
 
 def _schedule_block(plan: Any, block: Any, lanes: int) -> None:
