@@ -1,7 +1,7 @@
 """Recurrences over the sequence as one operator each, through the kernels' public functions.
 
-Modelling code calls what the kernel libraries (flash-linear-attention, causal-conv1d, mamba-ssm)
-call ``chunk_gated_delta_rule``, ``causal_conv1d_fn`` or ``mamba_chunk_scan_combined``. While
+Modelling code calls what the kernel libraries (flash-linear-attention, causal-conv1d and others)
+call ``chunk_gated_delta_rule``, ``causal_conv1d_fn`` or ``…_chunk_scan_combined``. While
 :func:`fused_recurrences` is active, those functions are ours: operators that hold for every length,
 where the libraries' are written for one device, and transformers' own substitutes unroll to the
 length they are traced with.
@@ -10,7 +10,6 @@ length they are traced with.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -169,22 +168,23 @@ _OURS: dict[str, Callable[..., Any]] = {
     "fused_recurrent_gated_delta_rule": _delta_rule,
     "chunk_kda": _delta_rule,
     "fused_recurrent_kda": _delta_rule,
-    "mamba_chunk_scan_combined": _state_space,
+    "chunk_scan_combined": _state_space,
     "causal_conv1d_fn": _causal_conv,
 }
-"""Ours, by the libraries' names. ``causal_conv1d_update`` writes into its argument and is called
-for one token only, in a branch that a graph for all lengths does not take."""
+"""Ours, by the libraries' names or how those end. ``causal_conv1d_update`` writes into its argument
+and is called for one token only, in a branch that a graph for all lengths does not take."""
 
 
-def _public_name(function: Any) -> str | None:
-    """The library's name of a function, also if transformers has put a substitute in its place."""
+def _substitute(function: Any) -> Callable[..., Any] | None:
+    """Ours for a library's function, also if transformers has put one of its own in its place."""
     while inspect.isfunction(function):
-        if function.__name__ in _OURS:
-            return function.__name__
+        name = function.__name__
         names = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         if "func_name" in names and "package" in names:  # transformers' choice between the two
-            name = names["func_name"].cell_contents
-            return name if name in _OURS else None
+            name = str(names["func_name"].cell_contents)
+        for known, ours in _OURS.items():
+            if name == known or name.endswith(f"_{known}"):
+                return ours
         function = getattr(function, "__wrapped__", None)
     return None
 
@@ -195,9 +195,10 @@ def _namespaces(model: torch.nn.Module) -> Iterator[dict[str, Any]]:
     for module in model.modules():
         yield vars(module)
         for cls in type(module).__mro__:
-            if cls.__module__ not in seen and not cls.__module__.startswith(("torch.", "builtins")):
-                seen.add(cls.__module__)
-                yield vars(sys.modules[cls.__module__])
+            file = sys.modules.get(cls.__module__)
+            if file is not None and file not in seen and not cls.__module__.startswith("torch."):
+                seen.add(file)
+                yield vars(file)
 
 
 @contextlib.contextmanager
@@ -207,10 +208,10 @@ def fused_recurrences(model: torch.nn.Module) -> Iterator[None]:
     try:
         for namespace in _namespaces(model):
             for name, value in list(namespace.items()):
-                public = _public_name(value)
-                if public is not None:
+                ours = _substitute(value)
+                if ours is not None:
                     before.append((namespace, name, value))
-                    namespace[name] = functools.wraps(value)(_OURS[public])
+                    namespace[name] = ours
         yield
     finally:
         for namespace, name, value in before:

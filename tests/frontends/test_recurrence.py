@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_next import modeling_qwen3_next as modelling
 
 from hal.errors import ExportError
@@ -67,6 +68,31 @@ def test_the_delta_rule_is_that_of_transformers(
     expected = modelling.torch_chunk_gated_delta_rule(*inputs.values(), **options)
     actual = recurrence._delta_rule(*inputs.values(), **options)
     for right, ours in zip(expected, actual, strict=True):
+        torch.testing.assert_close(ours, right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, LENGTH])
+@pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.1, 0.6)])
+def test_a_state_space_is_that_of_transformers(length: int, limit: tuple[float, float]) -> None:
+    groups, size = 2, 6
+    inputs = (
+        _random(BATCH, length, HEADS, WIDTH),
+        _random(BATCH, length, HEADS),
+        -_random(HEADS).exp(),
+        _random(BATCH, length, groups, size),
+        _random(BATCH, length, groups, size),
+    )
+    options = {
+        "chunk_size": 4,
+        "D": _random(HEADS),
+        "dt_bias": _random(HEADS),
+        "dt_softplus": True,
+        "dt_limit": limit,
+        "initial_states": _random(BATCH, HEADS, WIDTH, size),
+        "return_final_states": True,
+    }
+    expected = modeling_mamba2.mamba2_chunk_scan(*inputs, **options)
+    for right, ours in zip(expected, recurrence._state_space(*inputs, **options), strict=True):
         torch.testing.assert_close(ours, right, atol=1e-4, rtol=1e-4)
 
 
