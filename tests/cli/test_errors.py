@@ -13,7 +13,7 @@ from hal.cli import _app, main
 from hal.errors import CheckFailed, InputError
 from tests.cli.conftest import Hal
 
-COMMANDS = ["compile", "run", "verify", "inspect", "retarget", "bench", "demo"]
+COMMANDS = ["compile", "run", "serve", "verify", "inspect", "retarget", "bench", "demo"]
 TARGET_COMMANDS = ["list", "show", "validate", "schema"]
 EVERY = [[c] for c in COMMANDS] + [["targets", c] for c in TARGET_COMMANDS]
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 import hal
 from hal.runtime.engine import EngineOptions
@@ -25,7 +27,13 @@ TEMPLATE = (
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("server")
-    source = models.save("llama", folder, vocab_size=1536, num_hidden_layers=1)
+    source = folder / "model"
+    torch.manual_seed(0)
+    # Weights large enough for greedy text to depend on the whole prompt.
+    config = models.tiny_config(
+        "llama", vocab_size=1536, num_hidden_layers=1, initializer_range=0.4
+    )
+    transformers.LlamaForCausalLM(config).eval().save_pretrained(source)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, source)
     (source / "chat_template.jinja").write_text(TEMPLATE)

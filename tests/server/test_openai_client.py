@@ -11,6 +11,8 @@ import pytest
 import hal
 from tests.server.running import Running
 
+pytestmark = pytest.mark.xdist_group("server")
+
 MESSAGES = [
     {"role": "system", "content": "Be short."},
     {"role": "user", "content": "What is a list?"},
@@ -49,9 +51,10 @@ def test_a_chat_is_streamed(server: Running, alone: hal.Session) -> None:
     chunks = list(stream)
     deltas = [c.choices[0].delta for c in chunks if c.choices]
     assert deltas[0].role == "assistant"
-    assert "".join(d.content or "" for d in deltas) == alone.generate(
-        MESSAGES, max_new_tokens=12
-    ).text()
+    assert (
+        "".join(d.content or "" for d in deltas)
+        == alone.generate(MESSAGES, max_new_tokens=12).text()
+    )
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
     assert not chunks[-1].choices
     assert chunks[-1].usage is not None
@@ -164,5 +167,3 @@ def test_a_conversation_reuses_its_pages(server: Running) -> None:
 def test_a_language_model_gives_no_embeddings(server: Running) -> None:
     with pytest.raises(openai.BadRequestError, match="gives no embeddings"):
         server.client().embeddings.create(model="tiny", input="text")
-
-
