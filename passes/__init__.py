@@ -10,6 +10,7 @@ A new pass is one file with one frozen dataclass, one test file, and one line he
 from hal.passes.assemble import Assemble
 from hal.passes.attention import FuseAttention
 from hal.passes.base import Outcome, Pass, PassReport, Pipeline
+from hal.passes.carried_order import CarriedOrder
 from hal.passes.causal_conv import FuseCausalConv
 from hal.passes.causal_mask import CAUSAL_KEY, WINDOW_KEY, CausalMask
 from hal.passes.conv import FoldConv
@@ -32,6 +33,7 @@ __all__ = [
     "WINDOW_KEY",
     "Assemble",
     "CanonicalMatMul",
+    "CarriedOrder",
     "CausalMask",
     "CommonSubexpressions",
     "DeadCode",

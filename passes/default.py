@@ -6,6 +6,7 @@ from hal.descriptor import Descriptor
 from hal.passes.assemble import Assemble
 from hal.passes.attention import FuseAttention
 from hal.passes.base import Pipeline
+from hal.passes.carried_order import CarriedOrder
 from hal.passes.causal_conv import FuseCausalConv
 from hal.passes.causal_mask import CausalMask
 from hal.passes.conv import FoldConv
@@ -50,6 +51,7 @@ def fusions() -> Pipeline:
             CanonicalMatMul(),
             FoldConv(),
             FuseCausalConv(),
+            CarriedOrder(),
             FuseLayerNorm(),
             FuseRmsNorm(),
             FuseGelu(),

@@ -44,7 +44,8 @@ _CAUSAL_CONV = _op("CausalConvWithState")
 
 def as_standard_ops(model: ir.Model) -> None:
     """Move the nodes into ONNX's own domain; ``model`` is at our operator set by now."""
-    for graph in (model.graph, *model.functions.values()):
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
         for node in graph.all_nodes():
             if node.domain == _LATER:
                 node.domain = ""
