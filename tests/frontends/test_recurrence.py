@@ -14,6 +14,9 @@ from transformers.models.qwen3_next import modeling_qwen3_next as modelling
 
 from hal.errors import ExportError
 from hal.frontends import huggingface, recurrence, recurrent_ops
+from hal.ir import Graph
+from hal.passes import default_pipeline
+from hal.runtime.verification import run_reference
 from tests import models
 
 BATCH, LENGTH, KEY_HEADS, HEADS, SIZE, WIDTH = 2, 5, 2, 4, 6, 3
@@ -33,9 +36,19 @@ def _delta_rule_inputs(length: int) -> dict[str, torch.Tensor]:
     }
 
 
-def test_a_model_with_recurrent_layers_has_states_of_fixed_and_of_growing_size() -> None:
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    """The graph of a model of one recurrent and one attention layer, as the frontend makes it."""
     before = {n: getattr(modelling, n) for n in dir(modelling)}
     graph = huggingface.from_pretrained_model(models.build("qwen3_next"))
+    after = {n: getattr(modelling, n) for n in dir(modelling)}
+    assert all(after[name] is value for name, value in before.items())
+    return graph
+
+
+def test_a_model_with_recurrent_layers_has_states_of_fixed_and_of_growing_size(
+    graph: Graph,
+) -> None:
     found = {s.name: (s.kind, s.growth_axis) for s in graph.state}
     assert found == {
         "0.conv": ("conv", None),
@@ -49,8 +62,26 @@ def test_a_model_with_recurrent_layers_has_states_of_fixed_and_of_growing_size()
     kinds = Counter(node.op_type for node in graph.nodes())
     assert (kinds["LinearAttention"], kinds["CausalConvWithState"]) == (1, 1)
     assert not kinds.keys() & {"Scan", "Loop", "If"}  # it holds for every length
-    after = {n: getattr(modelling, n) for n in dir(modelling)}
-    assert all(after[name] is value for name, value in before.items())
+
+
+def test_passes_leave_one_op_for_each_recurrence_and_its_state_goes_straight_in(
+    graph: Graph,
+) -> None:
+    result, _ = default_pipeline().run(graph)
+    nodes = {node.op_type: node for node in result.nodes()}
+    carried = {
+        "LinearAttention": {3: "past.0.recurrent"},
+        "CausalConvWithState": {3: "past.0.conv"},
+        "Attention": {4: "past.1.key", 5: "past.1.value"},
+    }
+    for op_type, inputs in carried.items():
+        assert {i: nodes[op_type].inputs[i].name for i in inputs} == inputs
+    assert result.input_specs()["past.0.conv"].dims == ("batch", 96, 3)  # four taps look back at 3
+    ids = np.random.default_rng(0).integers(0, 256, (2, 6))
+    steps = [{"input_ids": ids[:, :1]}, {"input_ids": ids[:, 1:5]}, {"input_ids": ids[:, 5:]}]
+    parts = [out["logits"] for out in run_reference(result, steps)]
+    (whole,) = run_reference(graph, [{"input_ids": ids}])
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole["logits"], atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [1, LENGTH])
