@@ -89,9 +89,8 @@ def _widest(numbers: np.ndarray) -> int:
     """The largest constant that could be a window; the ends of the integer range are not."""
     if numbers.dtype.kind not in "iuf":
         return 0
-    candidates = np.abs(numbers[(numbers > -(2**31)) & (numbers < 2**31 - 1)].astype(np.float64))
-    if numbers.dtype.kind == "f":
-        candidates = candidates[candidates < -MASKED]
+    wide = np.abs(numbers.astype(np.float64))  # the bounds below do not fit every dtype
+    candidates = wide[wide < (-MASKED if numbers.dtype.kind == "f" else 2**31 - 1)]
     return int(candidates.max()) if candidates.size else 0
 
 
