@@ -65,6 +65,7 @@ class RowPool:
         fixed = all(s.growth_axis is None for s in session.state.by_value)
         many = store is None or store.paged
         self.together = fixed and many and (store is None or store.plan.ragged)
+        self._several = many
         self.largest = max_batch if many else 1
         self._kept_rows = kept_rows if many else 0
         self._running: dict[int, Row] = {}
@@ -198,7 +199,7 @@ class RowPool:
         candidates = [(_common(held, ids), number) for number, held in self._kept.items()]
         for number, row in self._running.items():
             candidates.append((_common(row.ids[: self.held(row)], ids), number))
-        if self.largest == 1:  # no second row beside the one that runs
+        if not self._several:
             candidates = []
         # One token at least is run, for its logits.
         usable = ((min(common, len(ids) - 1), number) for common, number in candidates)

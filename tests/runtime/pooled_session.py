@@ -15,6 +15,7 @@ import numpy as np
 
 from hal.ir import State
 from hal.ir.cache_plan import CacheGroup, CachePlan, CachePool
+from hal.runtime.picks import Logits, last_of
 from hal.runtime.state import CarriedState
 from tests.runtime.fake_session import END, VOCABULARY, Files, byte_tokenizer
 
@@ -52,7 +53,11 @@ class PooledSession:
         return self.state.store
 
     def step(
-        self, rows: Sequence[int], input_ids: np.ndarray, lengths: Sequence[int] | None = None
+        self,
+        rows: Sequence[int],
+        input_ids: np.ndarray,
+        lengths: Sequence[int] | None = None,
+        logits: Logits = "all",
     ) -> np.ndarray:
         assert self.gate.wait(30)
         width = input_ids.shape[1]
@@ -63,7 +68,7 @@ class PooledSession:
         self.state.check_counts(rows, counts, width)
         feeds = self.state.feeds(rows, width)
         pool, table, held = feeds["pool"], feeds["table"], feeds["lengths"]
-        logits = np.full((*input_ids.shape, VOCABULARY), np.nan, np.float32)
+        result = np.full((*input_ids.shape, VOCABULARY), np.nan, np.float32)
         page = pool.shape[2]
         for index in range(len(rows)):
             pages = table[index]
@@ -71,9 +76,9 @@ class PooledSession:
                 position = int(held[index]) + at
                 pool[pages[position // page], 0, position % page, 0] = input_ids[index, at]
                 seen = np.concatenate([pool[p, 0, :, 0] for p in pages])[: position + 1]
-                logits[index, at] = _logits(seen)
+                result[index, at] = _logits(seen)
         self.state.advance(rows, counts, {})
-        return logits
+        return last_of(result, counts) if logits == "last" else result
 
 
 def _logits(ids: np.ndarray) -> np.ndarray:

@@ -166,6 +166,13 @@ def test_a_running_sequence_is_shared_too(start: Start) -> None:
     assert engine.figures().reused_tokens == 70 + 71
 
 
+def test_a_batch_of_one_reuses_pages_too(start: Start) -> None:
+    engine = start(max_batch=1)
+    for _ in range(2):
+        finished(engine.submit("b" * 64, options(4)))
+    assert engine.figures().reused_tokens == 63
+
+
 def test_less_than_a_page_in_common_is_run_again(start: Start) -> None:
     engine = start()
     finished(engine.submit("y" * 31, options(1)))
