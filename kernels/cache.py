@@ -2,14 +2,16 @@
 
 A pool is ``[pages, heads, page, channels]``; row ``b`` has position ``p`` in page
 ``table[b, p // page]`` at slot ``p % page``. Attention walks a row's pages once, a block of
-positions at a time, for a tile of query heads that share keys; a running maximum makes one pass enough. Keys
-and values of 8 or 4 bits are widened in registers, so what crosses the bus is what is stored.
+positions at a time, for a tile of query heads that share keys; a running maximum makes one pass
+enough. Keys and values of 8 or 4 bits are widened in registers, so what crosses the bus is what is
+stored.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from tvm import tirx
@@ -76,7 +78,9 @@ class Attention:
     """What an attention kernel is made for.
 
     ``value_channels`` of the output; ``shared``: values are the first channels of the keys;
-    ``bits``: 0, 8 or 4; ``window``: positions that a query sees, 0 for all.
+    ``bits``: 0, 8 or 4, with a scale for each ``block`` channels; ``window``: positions that a
+    query sees, 0 for all; ``lag``: newest positions that it does not see; ``partial``: it also
+    gives the logarithm of the sum of exponentials, so that two results can be merged.
     """
 
     heads: int
@@ -87,6 +91,9 @@ class Attention:
     softcap: float = 0.0
     window: int = 0
     bits: int = 0
+    block: int = 1
+    lag: int = 0
+    partial: bool = False
     shared: bool = False
     lanes: int = 8
     cores: int = 1
@@ -139,39 +146,46 @@ def _ints(number: int, lanes: int) -> Any:
     return T.broadcast(T.int32(number), lanes) if lanes > 1 else T.int32(number)
 
 
-def _wide(codes: Any, lanes: int, bits: int, *, high: bool = False) -> Any:
-    """Stored codes as float32."""
+def _wide(codes: Any, lanes: int, bits: int, scale: Any, *, high: bool = False) -> Any:
+    """Stored codes, times their scale, as float32; numbers that are no codes as they are."""
     kind = f"x{lanes}" if lanes > 1 else ""
     if bits == 0:
         return codes
     if bits == 8:
-        return T.Cast(f"float32{kind}", codes)
+        return T.Cast(f"float32{kind}", codes) * _scales(scale, lanes)
     whole = T.Cast(f"int32{kind}", codes)
     part = T.shift_right(whole, _ints(4, lanes)) if high else T.bitwise_and(whole, _ints(15, lanes))
-    return T.Cast(f"float32{kind}", part) - _spread(8.0, lanes)
+    return (T.Cast(f"float32{kind}", part) - _spread(8.0, lanes)) * _scales(scale, lanes)
+
+
+def _scales(scale: Any, lanes: int) -> Any:
+    wide = T.Cast("float32", scale)
+    return T.broadcast(wide, lanes) if lanes > 1 else wide
 
 
 @functools.lru_cache(maxsize=64)
 def attention(a: Attention) -> Any:  # noqa: C901 - kernel text
     """Causal attention of the newest positions over pages; see ``hal::CachedAttention``.
 
-    ``(q, keys, values, table, lengths, key_scales, value_scales, out)``: ``q [B, heads, S,
-    channels]``, ``out [B, heads, S, value_channels]`` float32. Pools that are not used (values when
-    ``shared``, scales when ``bits`` is 0) are given as any pool of float32 with one channel or the
-    keys; they are not read.
+    ``(q, keys, values, table, lengths, key_scales, value_scales, out, sums)``: ``q [B, heads, S,
+    channels]``, ``out [B, heads, S, value_channels]`` float32, scales float16 ``[pages, kv_heads,
+    page, channels / block]``, ``sums [B, heads, S]`` (``[1, 1, 1]`` and not written unless
+    ``partial``). Scales are not read if ``bits`` is 0, values not if ``shared``.
     """
-    bits, tile, group = a.bits, a.tile, a.heads // a.kv_heads
-    halves = 2 if bits == 4 else 1
-    stored, stored_values = a.channels // halves, a.value_channels // halves
-    value_width = stored if a.shared else stored_values
-    v = vector_lanes(stored, a.lanes)
-    w = vector_lanes(stored_values, a.lanes)
-    steps, value_steps = stored // v, stored_values // w
+    bits, tile, group, block = a.bits, a.tile, a.heads // a.kv_heads, a.block
+    stored = a.channels // 2 if bits == 4 else a.channels
+    value_width = stored if a.shared else (a.value_channels // 2 if bits == 4 else a.value_channels)
+    low_values = min(value_width, a.value_channels)
+    high_values = a.value_channels - low_values
+    lanes = min(a.lanes, block) if bits else a.lanes
+    v = vector_lanes(stored, lanes)
+    w = vector_lanes(math.gcd(low_values, high_values), lanes)
+    steps, low_steps, high_steps = stored // v, low_values // w, high_values // w
     e = vector_lanes(BLOCK, a.lanes)
     tiles = group // tile
     heads, kv_heads, window, softcap, scale = a.heads, a.kv_heads, a.window, a.softcap, a.scale
     dtype = DTYPES[bits]
-    windowed, capped, coded, packed = window > 0, softcap > 0, bits > 0, bits == 4
+    windowed, capped, packed, more = window > 0, softcap > 0, bits == 4, high_values > 0
     kind, value_kind = (f"float32x{n}" if n > 1 else "float32" for n in (v, w))
     exp_kind = f"float32x{e}" if e > 1 else "float32"
 
@@ -185,6 +199,7 @@ def attention(a: Attention) -> Any:  # noqa: C901 - kernel text
         key_scales_data: T.handle,
         value_scales_data: T.handle,
         out_data: T.handle,
+        sums_data: T.handle,
     ):
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
         batch = T.int64()
@@ -196,36 +211,48 @@ def attention(a: Attention) -> Any:  # noqa: C901 - kernel text
         scale_page = T.int64()
         scale_pages = T.int64()
         scale_width = T.int64()
+        value_scale_width = T.int64()
+        sum_batch = T.int64()
+        sum_heads = T.int64()
+        sum_new = T.int64()
         q = T.match_buffer(q_data, (batch, heads, new, a.channels), "float32")
         keys = T.match_buffer(keys_data, (pages, kv_heads, page, stored), dtype)
         values = T.match_buffer(values_data, (pages, kv_heads, page, value_width), dtype)
         table = T.match_buffer(table_data, (batch, blocks), "int32")
         lengths = T.match_buffer(lengths_data, (batch,), "int64")
         key_scales = T.match_buffer(
-            key_scales_data, (scale_pages, scale_heads, scale_page, scale_width), "float32"
+            key_scales_data, (scale_pages, scale_heads, scale_page, scale_width), "float16"
         )
         value_scales = T.match_buffer(
-            value_scales_data, (scale_pages, scale_heads, scale_page, scale_width), "float32"
+            value_scales_data, (scale_pages, scale_heads, scale_page, value_scale_width), "float16"
         )
         out = T.match_buffer(out_data, (batch, heads, new, a.value_channels), "float32")
+        log_sums = T.match_buffer(sums_data, (sum_batch, sum_heads, sum_new), "float32")
         with T.sblock("root"):
             T.reads(q[0:batch, 0:heads, 0:new, 0 : a.channels])
-            T.writes(out[0:batch, 0:heads, 0:new, 0 : a.value_channels])
+            T.writes(
+                out[0:batch, 0:heads, 0:new, 0 : a.value_channels],
+                log_sums[0:sum_batch, 0:sum_heads, 0:sum_new],
+            )
             for task in T.parallel(batch * T.int64(kv_heads * tiles) * new):
                 b: T.int64 = task // (T.int64(kv_heads * tiles) * new)
                 kv: T.int64 = task // (T.int64(tiles) * new) % kv_heads
                 first: T.int64 = kv * group + task // new % tiles * tile
                 s: T.int64 = task % new
-                last: T.int64 = lengths[b] + s
+                last: T.int64 = lengths[b] + s - T.int64(a.lag)
                 oldest: T.int64 = (
-                    T.max(last - T.int64(window - 1), T.int64(0)) if windowed else T.int64(0)
+                    T.max(last + T.int64(a.lag - window + 1), T.int64(0))
+                    if windowed
+                    else T.int64(0)
                 )
                 scores = T.alloc_buffer((tile * BLOCK,), "float32", scope="global")
                 sums = T.alloc_buffer((tile * a.value_channels,), "float32", scope="global")
                 peaks = T.alloc_buffer((tile,), "float32", scope="global")
                 totals = T.alloc_buffer((tile,), "float32", scope="global")
                 dots = T.alloc_buffer((tile,), kind, scope="local")
-                parts = T.alloc_buffer((tile * halves,), value_kind, scope="local")
+                wide = T.alloc_buffer((1,), kind, scope="local")
+                wide_value = T.alloc_buffer((1,), value_kind, scope="local")
+                parts = T.alloc_buffer((tile,), value_kind, scope="local")
                 x = T.alloc_buffer((1,), exp_kind, scope="local")
                 n2 = T.alloc_buffer((1,), exp_kind, scope="local")
                 best = T.alloc_buffer((1,), exp_kind, scope="local")
@@ -247,30 +274,33 @@ def attention(a: Attention) -> Any:  # noqa: C901 - kernel text
                                 for g in T.unroll(tile):
                                     dots[g] = _spread(0.0, v)
                                 for i in T.serial(steps):
+                                    wide[0] = _wide(
+                                        keys[at, kv, lo + j, T.ramp(i * v, 1, v)],
+                                        v,
+                                        bits,
+                                        key_scales[at, kv, lo + j, i * v // block],
+                                    )
                                     for g in T.unroll(tile):
-                                        dots[g] = dots[g] + q[
-                                            b, first + g, s, T.ramp(i * v, 1, v)
-                                        ] * _wide(
-                                            keys[at, kv, lo + j, T.ramp(i * v, 1, v)], v, bits
+                                        dots[g] = (
+                                            dots[g]
+                                            + q[b, first + g, s, T.ramp(i * v, 1, v)] * wide[0]
                                         )
                                     if packed:
+                                        wide[0] = _wide(
+                                            keys[at, kv, lo + j, T.ramp(i * v, 1, v)],
+                                            v,
+                                            bits,
+                                            key_scales[at, kv, lo + j, (stored + i * v) // block],
+                                            high=True,
+                                        )
                                         for g in T.unroll(tile):
-                                            dots[g] = dots[g] + q[
-                                                b, first + g, s, T.ramp(stored + i * v, 1, v)
-                                            ] * _wide(
-                                                keys[at, kv, lo + j, T.ramp(i * v, 1, v)],
-                                                v,
-                                                bits,
-                                                high=True,
+                                            dots[g] = (
+                                                dots[g]
+                                                + q[b, first + g, s, T.ramp(stored + i * v, 1, v)]
+                                                * wide[0]
                                             )
                                 for g in T.unroll(tile):
                                     scores[g * BLOCK + j] = _sum(dots[g], v) * T.float32(scale)
-                            if coded:
-                                for j in T.serial(hi - lo):
-                                    for g in T.unroll(tile):
-                                        scores[g * BLOCK + j] = (
-                                            scores[g * BLOCK + j] * key_scales[at, kv, lo + j, 0]
-                                        )
                             if capped:
                                 for j in T.serial(hi - lo):
                                     for g in T.unroll(tile):
@@ -311,56 +341,70 @@ def attention(a: Attention) -> Any:  # noqa: C901 - kernel text
                                         sums[T.ramp(g * a.value_channels + c * w, 1, w)] = sums[
                                             T.ramp(g * a.value_channels + c * w, 1, w)
                                         ] * T.broadcast(shrink, w)
-                            if coded:
-                                for j in T.serial(hi - lo):
-                                    for g in T.unroll(tile):
-                                        scores[g * BLOCK + j] = (
-                                            scores[g * BLOCK + j] * value_scales[at, kv, lo + j, 0]
-                                        )
-                            for i in T.serial(value_steps):
+                            for i in T.serial(low_steps):
                                 for g in T.unroll(tile):
-                                    for h in T.unroll(halves):
-                                        parts[g * halves + h] = sums[
-                                            T.ramp(
-                                                g * a.value_channels + h * stored_values + i * w,
-                                                1,
-                                                w,
-                                            )
-                                        ]
+                                    parts[g] = sums[T.ramp(g * a.value_channels + i * w, 1, w)]
                                 for j in T.serial(hi - lo):
+                                    wide_value[0] = _wide(
+                                        (keys if a.shared else values)[
+                                            at, kv, lo + j, T.ramp(i * w, 1, w)
+                                        ],
+                                        w,
+                                        bits,
+                                        (key_scales if a.shared else value_scales)[
+                                            at, kv, lo + j, i * w // block
+                                        ],
+                                    )
                                     for g in T.unroll(tile):
-                                        parts[g * halves] = parts[g * halves] + T.broadcast(
-                                            scores[g * BLOCK + j], w
-                                        ) * _wide(
+                                        parts[g] = (
+                                            parts[g]
+                                            + T.broadcast(scores[g * BLOCK + j], w) * wide_value[0]
+                                        )
+                                for g in T.unroll(tile):
+                                    sums[T.ramp(g * a.value_channels + i * w, 1, w)] = parts[g]
+                            if more:
+                                for i in T.serial(high_steps):
+                                    for g in T.unroll(tile):
+                                        parts[g] = sums[
+                                            T.ramp(g * a.value_channels + low_values + i * w, 1, w)
+                                        ]
+                                    for j in T.serial(hi - lo):
+                                        wide_value[0] = _wide(
                                             (keys if a.shared else values)[
                                                 at, kv, lo + j, T.ramp(i * w, 1, w)
                                             ],
                                             w,
                                             bits,
+                                            (key_scales if a.shared else value_scales)[
+                                                at, kv, lo + j, (value_width + i * w) // block
+                                            ],
+                                            high=True,
                                         )
-                                    if packed:
                                         for g in T.unroll(tile):
-                                            parts[g * halves + 1] = parts[
-                                                g * halves + 1
-                                            ] + T.broadcast(scores[g * BLOCK + j], w) * _wide(
-                                                values[at, kv, lo + j, T.ramp(i * w, 1, w)],
-                                                w,
-                                                bits,
-                                                high=True,
+                                            parts[g] = (
+                                                parts[g]
+                                                + T.broadcast(scores[g * BLOCK + j], w)
+                                                * wide_value[0]
                                             )
-                                for g in T.unroll(tile):
-                                    for h in T.unroll(halves):
+                                    for g in T.unroll(tile):
                                         sums[
-                                            T.ramp(
-                                                g * a.value_channels + h * stored_values + i * w,
-                                                1,
-                                                w,
-                                            )
-                                        ] = parts[g * halves + h]
+                                            T.ramp(g * a.value_channels + low_values + i * w, 1, w)
+                                        ] = parts[g]
                 for g in T.serial(tile):
                     for c in T.serial(a.value_channels // w):
                         out[b, first + g, s, T.ramp(c * w, 1, w)] = sums[
                             T.ramp(g * a.value_channels + c * w, 1, w)
-                        ] * T.broadcast(T.float32(1) / totals[g], w)
+                        ] * T.broadcast(
+                            T.Select(
+                                totals[g] > T.float32(0), T.float32(1) / totals[g], T.float32(0)
+                            ),
+                            w,
+                        )
+                    if a.partial:
+                        log_sums[b, first + g, s] = T.Select(
+                            totals[g] > T.float32(0),
+                            peaks[g] + T.log(totals[g]),
+                            T.float32(_LOWEST),
+                        )
 
     return cached_attention

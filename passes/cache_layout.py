@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ import onnx_ir as ir
 from hal.errors import InputError
 from hal.ir import HAL_DOMAIN, Graph, State
 from hal.ir.cache_ops import CACHE_WRITE, CACHED_ATTENTION
-from hal.ir.cache_plan import PAST, PLAN_KEY, CacheGroup, CachePlan, CachePool
+from hal.ir.cache_plan import BLOCK, PAST, PLAN_KEY, RECENT, CacheGroup, CachePlan, CachePool
 from hal.ir.ops import ensure_functions
 from hal.passes._edit import Editor, attribute, dim, ints, producer, remove_unused
 from hal.passes._program import program_of
@@ -31,8 +32,9 @@ class CacheLayout(Pass):
 
     Nothing that grows goes in and out by value any more: a step writes its new positions in place.
     Each row of a batch has a length of its own. Preserves results up to rounding (``bits`` 0), or
-    up to the rounding of keys and values to 8 or 4 bits with a scale for each head and token. A
-    graph whose attention cannot be lowered, or that carries nothing, is left alone.
+    up to the rounding of keys and values to 8 or 4 bits, with a scale for each few channels; with 4
+    bits the newest positions are kept as they are as well. A graph whose attention cannot be
+    lowered, or that carries nothing, is left alone.
     """
 
     layout: str = "contiguous"
@@ -119,6 +121,20 @@ def _prefix_of(value: ir.Value, source: ir.Value) -> int:
     return (dim(value, 3) or 0) if plain else 0
 
 
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A pool, its value after the new positions were written, and that of its scales."""
+
+    pool: CachePool
+    written: ir.Value
+    scales: ir.Value | None
+
+
+def kv_top(bits: int) -> float:
+    """The largest code of a width."""
+    return 127.0 if bits == 8 else 7.0
+
+
 class _Lowering:
     """One graph being lowered; the order of the steps is that of :meth:`run`."""
 
@@ -132,7 +148,7 @@ class _Lowering:
         self.source = next(v for v in graph.graph.inputs if v.name not in carried)
         assert self.source.shape is not None
         self.batch, self.sequence = self.source.shape[0], self.source.shape[1]
-        self.groups: dict[int, CacheGroup] = {}
+        self.groups: dict[str, CacheGroup] = {}
         self.lengths: dict[str, ir.Value] = {}
         self.inputs = {v.name: v for v in graph.graph.inputs}
 
@@ -238,12 +254,14 @@ class _Lowering:
     def _lower(self, site: Site, past: ir.Value) -> list[CachePool]:
         node = site.node
         self.edit.at(node)
-        group = self._group(site.window, past)
-        key, written_key, key_scale = self._store(site.key, node.inputs[1], group)
-        pools, written_value, value_scale = [key], written_key, key_scale
+        # A window that the copy of the newest positions would hold whole is simply not rounded.
+        bits = 0 if 0 < site.window <= RECENT else self.bits
+        group = self._group(str(site.window) if site.window else "all", site.window, past)
+        states = [(site.key, node.inputs[1])]
         if site.value is not None:
-            value, written_value, value_scale = self._store(site.value, node.inputs[2], group)
-            pools.append(value)
+            states.append((site.value, node.inputs[2]))
+        stored = [self._store(state, new, group, bits) for state, new in states]
+        pools = [item.pool for item in stored]
         size = dim(node.inputs[0], 3)
         assert size is not None
         attributes = {
@@ -251,42 +269,59 @@ class _Lowering:
             "softcap": attribute(node, "softcap", 0.0),
             "window": site.window,
             "value_size": site.value_size,
-            "bits": self.bits,
+            "bits": bits,
+            "recent": RECENT if bits == 4 else 0,
         }
-        q = node.inputs[0]
-        inputs = [q, written_key, written_value, *self._described(group)]
-        if self.bits:
-            inputs += [key_scale, value_scale]
+        first, last = stored[0], stored[-1]
+        inputs = [node.inputs[0], first.written, last.written, *self._described(group)]
+        if bits:
+            inputs += [first.scales, last.scales]
+        if bits == 4:
+            late = self._group("recent", RECENT, past)
+            copies = [self._copy(state, new, late) for state, new in states]
+            pools += [item.pool for item in copies]
+            inputs += [copies[0].written, copies[-1].written, *self._described(late)]
         out = node.outputs[0]
         made = self.edit.op(CACHED_ATTENTION, inputs, attributes, like=out, domain=HAL_DOMAIN)
         self.edit.replace(out, made)
         return pools
 
-    def _store(
-        self, state: State, new: ir.Value | None, group: CacheGroup
-    ) -> tuple[CachePool, ir.Value, ir.Value | None]:
-        """Write new positions to the state's pool; the pool and, if quantized, that of scales."""
+    def _store(self, state: State, new: ir.Value | None, group: CacheGroup, bits: int) -> _Stored:
+        """Write new positions to the state's pool, and their scales if they are rounded."""
         heads, channels = dim(new, 1), dim(new, 3)
         assert new is not None
         assert heads is not None
         assert channels is not None
-        if self.bits == 4 and channels % 2:
+        if bits == 4 and channels % 2:
             raise InputError(
                 f"a 4-bit cache needs an even number of channels, {state.name!r} has {channels}",
                 "use int8",
             )
+        block = math.gcd(BLOCK, channels // 2 if bits == 4 else channels) if bits else 1
         pool = CachePool(
-            state.name, group.name, heads, channels, self.bits, state.input, state.output
+            state.name, group.name, heads, channels, bits, state.input, state.output, block
         )
         old = self.inputs[state.input]
-        scale = None
-        if self.bits:
-            new, new_scale = self._quantized(new)
-            target = self._pool(pool.scale_input, group, heads, 1, ir.DataType.FLOAT)
-            scale = self._write(target, new_scale, group, pool.scale_output)
+        scales = None
+        if bits:
+            new, new_scales = self._quantized(new, bits, block)
+            half = ir.DataType.FLOAT16
+            target = self._pool(pool.scale_input, group, heads, pool.scales, half)
+            scales = self._write(target, new_scales, group, pool.scale_output)
         dtype = ir.DataType.from_numpy(np.dtype(pool.dtype))
         fresh = self._pool(state.input, group, heads, pool.stored_channels, dtype, replaces=old)
-        return pool, self._write(fresh, new, group, state.output), scale
+        return _Stored(pool, self._write(fresh, new, group, state.output), scales)
+
+    def _copy(self, state: State, new: ir.Value | None, group: CacheGroup) -> _Stored:
+        """Write new positions to the pool of the newest ones, as they are."""
+        heads, channels = dim(new, 1), dim(new, 3)
+        assert new is not None
+        assert heads is not None
+        assert channels is not None
+        names = f"{state.input}.recent", f"{state.output}.recent"
+        pool = CachePool(state.name, group.name, heads, channels, 0, *names, copy=True)
+        target = self._pool(pool.input, group, heads, channels, ir.DataType.FLOAT)
+        return _Stored(pool, self._write(target, new, group, pool.output), None)
 
     def _write(
         self, pool: ir.Value, new: ir.Value, group: CacheGroup, output: str
@@ -305,21 +340,42 @@ class _Lowering:
         written.name = output
         return written
 
-    def _quantized(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Codes and scales: the largest magnitude of a head's channels becomes the largest code."""
-        edit, top = self.edit, 127.0 if self.bits == 8 else 7.0
-        axis = edit.constant([3], "axes", np.int64)
-        peak = edit.op("ReduceMax", [edit.op("Abs", [x], like=x), axis], {"keepdims": 1})
-        tiny = edit.constant(np.float32(1e-20), "tiny")
-        scale = edit.op("Div", [edit.op("Max", [peak, tiny]), edit.constant(np.float32(top))])
+    def _quantized(self, x: ir.Value, bits: int, block: int) -> tuple[ir.Value, ir.Value]:
+        """Codes and scales: the largest magnitude in a block of channels gets the largest code."""
+        edit, top = self.edit, kv_top(bits)
         assert x.shape is not None
-        scale.shape, scale.type = ir.Shape([*x.shape[:3], 1]), x.type
-        code = edit.op("Round", [edit.op("Div", [x, scale], like=x)], like=x)
-        if self.bits == 8:
-            stored = edit.op("Cast", [code], {"to": ir.DataType.INT8.value})
-            stored.shape, stored.type = x.shape, ir.TensorType(ir.DataType.INT8)
-            return stored, scale
+        channels = x.shape[3]
+        assert isinstance(channels, int)
+        blocks, axis = ir.Shape([*x.shape[:3], channels // block, block]), [4]
+        rows, ranks = ir.Shape([*x.shape[:3], channels // block]), x.type
+        split = edit.constant([0, 0, 0, channels // block, block], "blocks", np.int64)
+        apart = self._typed("Reshape", [x, split], blocks, ranks)
+        last = edit.constant(axis, "axes", np.int64)
+        size = self._typed("Abs", [apart], blocks, ranks)
+        peak = self._typed("ReduceMax", [size, last], rows, ranks, {"keepdims": 0})
+        ratio = self._typed("Div", [peak, edit.constant(np.float32(top))], rows, ranks)
+        ratio = self._typed("Max", [ratio, edit.constant(np.float32(6e-8), "tiny")], rows, ranks)
+        half = ir.TensorType(ir.DataType.FLOAT16)
+        scale = self._typed("Cast", [ratio], rows, half, {"to": ir.DataType.FLOAT16.value})
+        wide = self._typed("Cast", [scale], rows, ranks, {"to": ir.DataType.FLOAT.value})
+        wide = self._typed("Unsqueeze", [wide, last], ir.Shape([*rows, 1]), ranks)
+        code = self._typed("Round", [edit.op("Div", [apart, wide], like=apart)], blocks, ranks)
+        limits = [edit.constant(np.float32(n), "limit") for n in (-top, top)]
+        code = self._typed("Clip", [code, *limits], blocks, ranks)
+        joined = edit.constant([0, 0, 0, channels], "joined", np.int64)
+        code = self._typed("Reshape", [code, joined], x.shape, ranks)
+        if bits == 8:
+            whole = ir.TensorType(ir.DataType.INT8)
+            code = self._typed("Cast", [code], x.shape, whole, {"to": ir.DataType.INT8.value})
+            return code, scale
         return self._packed(code), scale
+
+    def _typed(
+        self, op: str, inputs: Sequence[Any], shape: Any, kind: Any, attributes: Any = None
+    ) -> ir.Value:
+        made = self.edit.op(op, inputs, attributes)
+        made.shape, made.type = shape, kind
+        return made
 
     def _packed(self, code: ir.Value) -> ir.Value:
         """Codes -7..7, raised by 8, two in a byte: channel c low, channel c + C/2 high."""
@@ -342,17 +398,16 @@ class _Lowering:
 
     # -- inputs -----------------------------------------------------------------------------------
 
-    def _group(self, window: int, past: ir.Value) -> CacheGroup:
-        if window not in self.groups:
-            name = str(window) if window else "all"
+    def _group(self, name: str, window: int, past: ir.Value) -> CacheGroup:
+        if name not in self.groups:
             lengths = f"hal.lengths.{name}" if window else PAST
             group = CacheGroup(name, window, lengths, f"hal.table.{name}")
-            self.groups[window] = group
+            self.groups[name] = group
             self.lengths[group.lengths] = (
                 self._input(lengths, ir.DataType.INT64, [self.batch]) if window else past
             )
             self._input(group.table, ir.DataType.INT32, [self.batch, f"blocks_{name}"])
-        return self.groups[window]
+        return self.groups[name]
 
     def _described(self, group: CacheGroup) -> list[ir.Value]:
         return [self.inputs[group.table], self.lengths[group.lengths]]

@@ -37,16 +37,20 @@ def attend(
     return out
 
 
-def quantized(pool: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes as stored, scales, and the numbers that they stand for."""
+def quantized(pool: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes as stored, scales of ``block`` channels each, and the numbers that they stand for."""
     top = 127 if bits == 8 else 7
-    scale = (np.abs(pool).max(-1, keepdims=True) / top).astype(np.float32)
-    codes = np.clip(np.round(pool / scale), -top, top)
+    blocks = pool.reshape(*pool.shape[:-1], -1, block)
+    scale = (np.abs(blocks).max(-1) / top).astype(np.float16)
+    wide = scale.astype(np.float32)[..., None]
+    codes = np.clip(np.round(blocks / wide), -top, top)
+    meant = (codes * wide).reshape(pool.shape)
+    codes = codes.reshape(pool.shape)
     if bits == 8:
-        return codes.astype(np.int8), scale, codes * scale
+        return codes.astype(np.int8), scale, meant
     half = pool.shape[-1] // 2
     raised = (codes + 8).astype(np.uint8)
-    return raised[..., :half] | raised[..., half:] << 4, scale, codes * scale
+    return raised[..., :half] | raised[..., half:] << 4, scale, meant
 
 
 def problem(

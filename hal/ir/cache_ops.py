@@ -22,6 +22,7 @@ ATTENTION_DEFAULTS = {
     "window": "0",
     "value_size": "0",
     "bits": "0",
+    "recent": "0",
 }
 
 WRITE_DOC = (
@@ -35,11 +36,13 @@ ATTENTION_DOC = (
     "Causal attention of the S newest positions of each row over all its positions. Inputs: q"
     " [B,Hq,S,C], key_pool [P,H,L,C], value_pool [P,H,L,Cv] (both hold the new positions already),"
     " block_table int32 [B,N], lengths int64 [B] (positions before the new ones), key_scale and"
-    " value_scale [P,H,L,1] with bits = 8 or 4. Query s of row b sees positions"
-    " max(0, p - window + 1)..p, p = lengths[b] + s (window 0: no limit). Output [B,Hq,S,Cv]."
-    " value_size > 0: values are the first value_size channels of the keys. bits = 8: pools are"
-    " int8; bits = 4: uint8, channel c in the low and channel c + C/2 in the high nibble of byte c,"
-    " less 8. softcap as in ONNX Attention."
+    " value_scale float16 [P,H,L,C/n] with bits = 8 or 4: one for each n channels in a row. Query s"
+    " of row b sees positions max(0, p - window + 1)..p, p = lengths[b] + s (window 0: no limit)."
+    " Output [B,Hq,S,Cv]. value_size > 0: values are the first value_size channels of the keys."
+    " bits = 8: pools are int8; bits = 4: uint8, channel c in the low and channel c + C/2 in the"
+    " high nibble of byte c, less 8. recent = n > 0: the newest n positions that a query sees are"
+    " read from the float32 pools recent_keys and recent_values by recent_table, where row b holds"
+    " recent_lengths[b] positions before the new ones. softcap as in ONNX Attention."
 )
 
 _WRITE = """
@@ -81,8 +84,9 @@ CacheWrite (pool, update, block_table, lengths) => (written)
 
 _ATTENTION = """
 <domain: "hal", opset_import: ["" : {opset}]>
-CachedAttention <scale, softcap, window, value_size, bits>
-    (q, key_pool, value_pool, block_table, lengths, key_scale, value_scale) => (y)
+CachedAttention <scale, softcap, window, value_size, bits, recent>
+    (q, key_pool, value_pool, block_table, lengths, key_scale, value_scale,
+     recent_keys, recent_values, recent_table, recent_lengths) => (y)
 {{
     axis0 = Constant <value_ints = [0]> ()
     axis1 = Constant <value_ints = [1]> ()
@@ -92,7 +96,6 @@ CachedAttention <scale, softcap, window, value_size, bits>
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
     joined = Constant <value_ints = [0, 0, -1]> ()
-    table = Cast <to = 7> (block_table)
     {keys}
     {values}
     new_1d = Shape <start = 2, end = 3> (q)
@@ -107,13 +110,38 @@ CachedAttention <scale, softcap, window, value_size, bits>
     position = Add (start4, steps4)
     causal = LessOrEqual (slots4, position)
     {mask}
-    y = Attention <scale = {scale}, softcap = {softcap}> (q, keys, values, mask)
+    {recent}
+    y = Attention <scale = {scale}, softcap = {softcap}> (q, {seen})
 }}
+"""
+
+# The newest positions come from pools of their own, so the others are masked there and here.
+_RECENT = """
+    recent = Constant <value_int = {recent}> ()
+    border = Sub (position, recent)
+    old = LessOrEqual (slots4, border)
+    mask_old = And (mask, old)
+    {keys}
+    {values}
+    room2_1d = Shape <start = 2, end = 3> (late_keys)
+    room2 = Squeeze (room2_1d, axis0)
+    slots2 = Range (zero, room2, one)
+    slots2_4 = Unsqueeze (slots2, axes_k)
+    late_start4 = Unsqueeze (recent_lengths, axes_b)
+    shift = Sub (start4, late_start4)
+    place = Add (slots2_4, shift)
+    late_causal = LessOrEqual (place, position)
+    late_near = Greater (place, border)
+    mask_late = And (late_causal, late_near)
+    all_keys = Concat <axis = 2> (keys, late_keys)
+    all_values = Concat <axis = 2> (values, late_values)
+    all_mask = Concat <axis = -1> (mask_old, mask_late)
 """
 
 # Pages of a row side by side: [B,N,H,L,C] to [B,H,N*L,C].
 _ROWS = """
-    {out}_paged = Gather <axis = 0> ({pool}, table)
+    {out}_table = Cast <to = 7> ({table})
+    {out}_paged = Gather <axis = 0> ({pool}, {out}_table)
     {out}_turned = Transpose <perm = [0, 2, 1, 3, 4]> ({out}_paged)
     {out}_width = Shape <start = 4, end = 5> ({out}_turned)
     {out}_shape = Concat <axis = 0> (joined, {out}_width)
@@ -122,7 +150,7 @@ _ROWS = """
 
 _DEQUANTIZE = {
     "8": """
-    {out}_float = Cast <to = 1> ({out}_stored)
+    {out}_plain = Cast <to = 1> ({out}_stored)
 """,
     "4": """
     {out}_mask = Constant <value = uint8 {{15}}> ()
@@ -132,15 +160,28 @@ _DEQUANTIZE = {
     {out}_codes = Concat <axis = 3> ({out}_low, {out}_high)
     {out}_wide = Cast <to = 1> ({out}_codes)
     {out}_eight = Constant <value_float = 8.0> ()
-    {out}_float = Sub ({out}_wide, {out}_eight)
+    {out}_plain = Sub ({out}_wide, {out}_eight)
 """,
 }
 
+# A scale for each block of channels: the blocks get an axis of their own.
+_SCALE = """
+    {out}_ratio = Cast <to = 1> ({out}_scale)
+    {out}_last = Constant <value_ints = [-1]> ()
+    {out}_ratio5 = Unsqueeze ({out}_ratio, {out}_last)
+    {out}_extents = Shape <start = 0, end = 4> ({out}_ratio)
+    {out}_split = Concat <axis = 0> ({out}_extents, {out}_last)
+    {out}_blocks = Reshape ({out}_plain, {out}_split)
+    {out}_scaled = Mul ({out}_blocks, {out}_ratio5)
+    {out}_joined = Constant <value_ints = [0, 0, 0, -1]> ()
+    {out} = Reshape ({out}_scaled, {out}_joined)
+"""
+
 _PREFIX = """
-    first = Constant <value_ints = [0]> ()
-    last = Constant <value_ints = [{size}]> ()
-    channels = Constant <value_ints = [3]> ()
-    values = Slice (keys, first, last, channels)
+    {out}_first = Constant <value_ints = [0]> ()
+    {out}_last = Constant <value_ints = [{size}]> ()
+    {out}_channels = Constant <value_ints = [3]> ()
+    {out} = Slice ({keys}, {out}_first, {out}_last, {out}_channels)
 """
 
 _WINDOW = """
@@ -158,24 +199,41 @@ def write_body(attributes: Mapping[str, str]) -> str:
 
 def attention_body(attributes: Mapping[str, str]) -> str:
     """The body of ``CachedAttention`` for given attribute values, as text."""
-    bits, size, window = (attributes[k] for k in ("bits", "value_size", "window"))
-    values = _PREFIX.format(size=size) if int(size) else _read("values", "value", bits)
+    bits, size, window, recent = (attributes[k] for k in ("bits", "value_size", "window", "recent"))
+    late = ""
+    if int(recent):
+        late = _RECENT.format(
+            recent=recent,
+            keys=_rows("late_keys", "recent_keys", "recent_table"),
+            values=_values(size, "late_values", "late_keys")
+            or _rows("late_values", "recent_values", "recent_table"),
+        )
     return _ATTENTION.format(
         opset=OPSET,
         keys=_read("keys", "key", bits),
-        values=values,
+        values=_values(size, "values", "keys") or _read("values", "value", bits),
         mask=_WINDOW.format(window=window) if int(window) else "mask = Identity (causal)",
+        recent=late,
+        seen="all_keys, all_values, all_mask" if late else "keys, values, mask",
         scale=float(attributes["scale"]),
         softcap=float(attributes["softcap"]),
     )
 
 
+def _values(size: str, out: str, keys: str) -> str:
+    return _PREFIX.format(size=size, out=out, keys=keys) if int(size) else ""
+
+
+def _rows(out: str, pool: str, table: str = "block_table") -> str:
+    return _ROWS.format(out=out, pool=pool, table=table)
+
+
 def _read(out: str, side: str, bits: str) -> str:
     if bits == "0":
-        return _ROWS.format(out=out, pool=f"{side}_pool")
+        return _rows(out, f"{side}_pool")
     return (
-        _ROWS.format(out=f"{out}_stored", pool=f"{side}_pool")
-        + _ROWS.format(out=f"{out}_scale", pool=f"{side}_scale")
+        _rows(f"{out}_stored", f"{side}_pool")
+        + _rows(f"{out}_scale", f"{side}_scale")
         + _DEQUANTIZE[bits].format(out=out)
-        + f"    {out} = Mul ({out}_float, {out}_scale)\n"
+        + _SCALE.format(out=out)
     )

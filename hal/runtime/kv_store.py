@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -75,7 +75,7 @@ class _Pages:
         for pool in self.pools:
             yield pool.input, pool.heads, pool.stored_channels, pool.dtype
             if pool.bits:
-                yield pool.scale_input, pool.heads, 1, "float32"
+                yield pool.scale_input, pool.heads, pool.scales, "float16"
 
     def take(self) -> int:
         """A free page; the pool doubles when there is none."""
@@ -112,7 +112,8 @@ class CacheStore:
             g.name: _Pages(g, [p for p in plan.pools if p.group == g.name], size)
             for g in plan.groups
         }
-        self._pools = {p.state: p for p in plan.pools}
+        self._pools = {p.state: p for p in plan.pools if not p.copy}
+        self._copies = {p.state: p for p in plan.pools if p.copy}
         self._rows: dict[int, _Row] = {}
         self._next = 0
 
@@ -195,13 +196,19 @@ class CacheStore:
             )
         for name, pages in self._groups.items():
             window, held = pages.group.window, item.held[name]
-            if held.base > max(0, tokens - window + 1 if window else 0):
+            if not self._is_copy(pages) and held.base > max(
+                0, tokens - window + 1 if window else 0
+            ):
                 raise InputError(
                     f"a window of {window} has forgotten what comes before token {held.base}",
                     "reset the session and run the prompt again",
                 )
+        copies = {s: self.read(s, row) for s in self._copies} if tokens < item.tokens else {}
         for name, pages in self._groups.items():
             held = item.held[name]
+            if self._is_copy(pages) and copies:
+                self._refill(pages, item, tokens, copies)
+                continue
             if self.paged:
                 keep = -(-max(tokens - held.base, 0) // pages.page)
                 for index in held.pages[keep:]:
@@ -210,6 +217,28 @@ class CacheStore:
             if tokens < held.base:
                 held.base = tokens
         item.tokens = tokens
+
+    @staticmethod
+    def _is_copy(pages: _Pages) -> bool:
+        return all(pool.copy for pool in pages.pools)
+
+    def _refill(
+        self, pages: _Pages, item: _Row, tokens: int, states: Mapping[str, tuple[np.ndarray, int]]
+    ) -> None:
+        """Begin a group anew with the newest of ``tokens`` positions, from what ``states`` has."""
+        held = item.held[pages.group.name]
+        if self.paged:
+            for index in held.pages:
+                pages.uses[index] -= 1
+            held.pages = []
+        wanted = max(0, tokens - pages.group.window + 1) if pages.group.window else 0
+        start = max([wanted, *(states[p.state][1] for p in pages.pools)])
+        before, item.tokens, held.base = item.tokens, start, start
+        self._make_room(pages, item, held, tokens - start)
+        item.tokens = before
+        for pool in pages.pools:
+            array, first = states[pool.state]
+            self._fill(pages, held, pool, array[:, start - first : tokens - first])
 
     def reset(self) -> None:
         """Forget all rows; the memory is kept."""
@@ -316,7 +345,17 @@ class CacheStore:
         if not pool.bits:
             return codes, held.base + start
         scales = self._joined(pages, held, pool.scale_input, start, length)
-        return kv_codec.decode(codes, scales, pool.bits), held.base + start
+        array = kv_codec.decode(codes, scales, pool.bits)
+        if state in self._copies:
+            self._overlay(array, held.base + start, self._copies[state], item)
+        return array, held.base + start
+
+    def _overlay(self, array: np.ndarray, first: int, copy: CachePool, item: _Row) -> None:
+        """Put the newest positions, which were not rounded, over ``array`` from ``first`` on."""
+        held, pages = item.held[copy.group], self._groups[copy.group]
+        start = max(held.base, first)
+        newest = self._joined(pages, held, copy.input, start - held.base, item.tokens - held.base)
+        array[:, start - first :] = newest
 
     def _joined(
         self, pages: _Pages, held: _Held, name: str, start: int, stop: int
@@ -332,18 +371,12 @@ class CacheStore:
     def load(self, row: int, tokens: int, states: dict[str, tuple[np.ndarray, int]]) -> None:
         """Fill an empty row from the neutral form: what :meth:`read` gave, by state name."""
         item = self._rows[row]
-        for name, pages in self._groups.items():
-            mine = {p.state: states[p.state] for p in pages.pools}
-            start = max(first for _, first in mine.values())
-            item.tokens, item.held[name].base = start, start
-            self._make_room(pages, item, item.held[name], tokens - start)
-            for pool in pages.pools:
-                array, first = mine[pool.state]
-                self._fill(pages, item.held[name], pool, array[:, start - first :])
+        for pages in self._groups.values():
+            self._refill(pages, item, tokens, states)
         item.tokens = tokens
 
     def _fill(self, pages: _Pages, held: _Held, pool: CachePool, array: np.ndarray) -> None:
-        codes, scales = kv_codec.encode(array, pool.bits)
+        codes, scales = kv_codec.encode(array, pool.bits, pool.block)
         for name, data in ((pool.input, codes), (pool.scale_input, scales)):
             if data is None:
                 continue

@@ -34,7 +34,7 @@ def attention(feeds: dict[str, Any], pool: str = "float", **attributes: Any) -> 
     bits = attributes.get("bits", 0)
     tail, more = ("", "")
     if bits:
-        tail, more = ", ks, vs", ", float[P,H,L,1] ks, float[P,H,L,1] vs"
+        tail, more = ", ks, vs", ", float16[P,H,L,K] ks, float16[P,H,L,W] vs"
     return run(
         f"g (float[B,Q,S,C] q, {pool}[P,H,L,D] keys, {pool}[P,H,L,E] values, {TABLES}{more})"
         f" => (float[B,Q,S,V] y) {{ y = hal.CachedAttention <{settings}>"
@@ -73,12 +73,40 @@ def test_values_may_be_the_first_channels_of_the_keys() -> None:
 
 
 @pytest.mark.parametrize(("bits", "dtype"), [(8, "int8"), (4, "uint8")])
-def test_quantized_pools_are_read_with_their_scales(bits: int, dtype: str) -> None:
+@pytest.mark.parametrize("size", [0, 12])
+def test_quantized_pools_are_read_with_their_scales(bits: int, dtype: str, size: int) -> None:
     p = cache.problem()
-    keys, ks, float_keys = cache.quantized(p["keys"], bits)
-    values, vs, float_values = cache.quantized(p["values"], bits)
+    keys, ks, float_keys = cache.quantized(p["keys"], bits, 4)
+    values, vs, float_values = cache.quantized(p["values"], bits, 4)
+    if size:
+        float_values = float_keys[..., :size]
     fixed = {k: p[k] for k in ("q", "table", "lengths")}
     expected = cache.attend(**fixed, keys=float_keys, values=float_values, scale=0.25)
     feeds = {**p, "keys": keys, "values": values, "ks": ks, "vs": vs}
-    actual = attention(feeds, dtype, scale=0.25, bits=bits)
+    actual = attention(feeds, dtype, scale=0.25, bits=bits, value_size=size)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_the_newest_positions_are_read_from_pools_of_their_own() -> None:
+    p = cache.problem(page=8)
+    keys, values = p["keys"].copy(), p["values"].copy()
+    late = {"rk": p["keys"] * 0, "rv": p["values"] * 0}
+    gone = np.array([max(0, n - 9) for n in p["lengths"]])  # what the recent pools have forgotten
+    for b, length in enumerate(p["lengths"]):
+        for position in range(length + p["q"].shape[2]):
+            page, slot = p["table"][b, position // 8], position % 8
+            if position > length - 5:  # as no query looks farther back there
+                late_at = position - gone[b]
+                late_page = p["table"][b, late_at // 8], late_at % 8
+                for pool, mine in (("keys", "rk"), ("values", "rv")):
+                    late[mine][late_page[0], :, late_page[1]] = p[pool][page, :, slot]
+    fixed = {k: p[k] for k in ("q", "table", "lengths")}
+    expected = cache.attend(**fixed, keys=keys, values=values, scale=0.25)
+    text = (
+        f"g (float[B,Q,S,C] q, float[P,H,L,C] keys, float[P,H,L,C] values, {TABLES},"
+        " float[P,H,L,C] rk, float[P,H,L,C] rv, int64[B] rl) => (float[B,Q,S,C] y)"
+        " { y = hal.CachedAttention <scale = 0.25, recent = 5>"
+        " (q, keys, values, table, lengths, , , rk, rv, table, rl) }"
+    )
+    actual = run(text, {**p, **late, "rl": p["lengths"] - gone})
     np.testing.assert_allclose(actual, expected, atol=1e-5)

@@ -25,12 +25,13 @@ def device(array: np.ndarray) -> Any:
 
 
 def attend(p: dict[str, np.ndarray], shape: tuple[int, ...], **settings: Any) -> np.ndarray:
-    scales = p.get("ks", np.zeros((1, 1, 1, 1), np.float32))
+    scales = p.get("ks", np.zeros((1, 1, 1, 1), np.float16))
     out = device(np.zeros(shape, np.float32))
     spec = kernels.Attention(heads=4, channels=16, scale=0.25, **settings)
     arguments = [p["q"], p["keys"], p["values"], p["table"], p["lengths"]]
     arguments += [scales, p.get("vs", scales)]
-    compiled(kernels.attention(spec))(*map(device, arguments), out)
+    sums = device(np.zeros((1, 1, 1), np.float32))
+    compiled(kernels.attention(spec))(*map(device, arguments), out, sums)
     return out.numpy()
 
 
@@ -76,8 +77,32 @@ def test_values_may_be_the_first_channels_of_the_keys() -> None:
 def test_quantized_pools_are_widened_on_the_way(bits: int, page: int) -> None:
     p = cache.problem(page=page)
     fixed = {k: p[k] for k in ("q", "table", "lengths")}
-    p["keys"], p["ks"], keys = cache.quantized(p["keys"], bits)
-    p["values"], p["vs"], values = cache.quantized(p["values"], bits)
+    block = 8 if bits == 8 else 4
+    p["keys"], p["ks"], keys = cache.quantized(p["keys"], bits, block)
+    p["values"], p["vs"], values = cache.quantized(p["values"], bits, block)
     expected = cache.attend(**fixed, keys=keys, values=values, scale=0.25)
-    actual = attend(p, expected.shape, kv_heads=2, value_channels=16, bits=bits)
+    actual = attend(p, expected.shape, kv_heads=2, value_channels=16, bits=bits, block=block)
     np.testing.assert_allclose(actual, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(("bits", "size"), [(8, 8), (4, 8), (4, 12)])
+def test_quantized_keys_may_hold_the_values_too(bits: int, size: int) -> None:
+    p = cache.problem(kv_heads=1)
+    fixed = {k: p[k] for k in ("q", "table", "lengths")}
+    p["keys"], p["ks"], keys = cache.quantized(p["keys"], bits, 4)
+    p["values"], p["vs"] = p["keys"], p["ks"]
+    expected = cache.attend(**fixed, keys=keys, values=keys[..., :size], scale=0.25)
+    settings = {"bits": bits, "block": 4, "shared": True, "value_channels": size}
+    actual = attend(p, expected.shape, kv_heads=1, **settings)
+    np.testing.assert_allclose(actual, expected, atol=2e-6)
+
+
+def test_positions_within_the_lag_are_not_seen() -> None:
+    p = cache.problem(page=40)
+    fixed = {k: p[k] for k in ("q", "keys", "values", "table")}
+    p["lengths"] = np.array([30, 50])
+    expected = cache.attend(**fixed, lengths=p["lengths"] - 7, scale=0.25)
+    actual = attend(p, expected.shape, kv_heads=2, value_channels=16, lag=7)
+    np.testing.assert_allclose(actual, expected, atol=2e-6)
+    p["lengths"] = np.array([2, 0])
+    assert not attend(p, expected.shape, kv_heads=2, value_channels=16, lag=7).any()
