@@ -20,6 +20,7 @@ NAMES = [page.relative_to(ROOT).as_posix() for page in pages()]
 NEED_BUNDLE = {
     "docs/application-developers.md",
     "docs/platform-engineers.md",
+    "docs/serving.md",
     "generate_text.py",
     "lm_eval_adapter.py",
     "retarget.py",

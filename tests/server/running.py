@@ -64,7 +64,7 @@ def serving(model: Model, **options: Any) -> Iterator[Running]:
     app = create_app(model, settings)
     listening = bind("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
         eventually(lambda: server.started)
