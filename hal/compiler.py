@@ -43,6 +43,7 @@ from hal.ir.weights import write_weights
 from hal.passes import default_pipeline
 from hal.passes.base import Pipeline
 from hal.passes.cache_layout import CacheLayout
+from hal.passes.pick_positions import PickPositions
 from hal.runtime import verification
 from hal.runtime.arrays import check_inputs
 from hal.runtime.cache_options import CacheOptions, parse_kv_cache
@@ -216,7 +217,7 @@ def _build_all(
     ``files`` are the records of what is in ``folder`` already, ``graph.onnx`` and weights included.
     """
     digests = {n: r for n, r in files.items() if n == GRAPH or n.startswith("weights-")}
-    lowered = _with_pools(graph, job.cache)
+    lowered = _lowered(graph, job.cache)
     for target in job.targets:
         job.say(f"building for {target.name}")
         record = build_target(folder, lowered, target, fallback=job.fallback, digests=digests)
@@ -227,12 +228,17 @@ def _build_all(
         write_manifest(manifest, folder, manifest.files)
 
 
-def _with_pools(graph: Graph, options: CacheOptions) -> Graph:
-    """The graph with growing state in pools, as builds carry it; itself if it carries none."""
-    if all(state.growth_axis is None for state in graph.state):
+def _lowered(graph: Graph, options: CacheOptions) -> Graph:
+    """The graph as builds run it: growing state in pools, logits where they are asked for.
+
+    Itself if it carries no state.
+    """
+    if not graph.state:
         return graph
     layout = CacheLayout(options.layout or "contiguous", options.bits or 0)
-    return Pipeline("cache layout", (layout,)).run(graph)[0]
+    grows = any(state.growth_axis is not None for state in graph.state)
+    passes = (PickPositions(), layout) if grows else (PickPositions(),)
+    return Pipeline("lowering", passes).run(graph)[0]
 
 
 def _layout_of(bundle: Bundle) -> CacheOptions:

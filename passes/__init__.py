@@ -24,6 +24,7 @@ from hal.passes.identity import RemoveIdentities
 from hal.passes.kv_cache import KvCache
 from hal.passes.layer_norm import FuseLayerNorm
 from hal.passes.matmul_bias import CanonicalMatMul
+from hal.passes.pick_positions import PickPositions
 from hal.passes.rms_norm import FuseRmsNorm
 from hal.passes.rotary import FuseRotary
 from hal.passes.shapes import InferShapes
@@ -51,6 +52,7 @@ __all__ = [
     "Outcome",
     "Pass",
     "PassReport",
+    "PickPositions",
     "Pipeline",
     "RemoveIdentities",
     "clean_up",

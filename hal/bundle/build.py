@@ -20,6 +20,7 @@ from hal.bundle.manifest import BuildRecord, FileRecord
 from hal.errors import TargetError
 from hal.ir import Graph
 from hal.ir.cache_plan import FIXED_KEY, PLAN_KEY
+from hal.ir.picks import PICK
 from hal.runtime.cache import cache_folder, entry_writer
 from hal.targets import ResolvedTarget, code_digest, load_backend, partition
 from hal.targets.backend import Backend, BuildContext
@@ -141,7 +142,13 @@ def _build(
         placement=plan.placement(),
         toolchain=toolchain,
         cache=None if cache is None else {**cache, "fixed": fixed},
+        picks=_picks(graph),
     )
+
+
+def _picks(graph: Graph) -> bool:
+    """Whether the graph computes logits at positions that it is given."""
+    return any(v.name == PICK for v in graph.graph.inputs)
 
 
 def _key(
@@ -158,6 +165,7 @@ def _key(
         "toolchain": toolchain,
         "fallback": fallback,
         "cache": graph.metadata.get(PLAN_KEY),
+        "picks": _picks(graph),
         "inputs": {name: record.sha256 for name, record in sorted(digests.items())},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -45,7 +45,10 @@ class TensorRecord(pydantic.BaseModel):
 
 
 class BuildRecord(pydantic.BaseModel):
-    """One target's build: its folder, segments, where each node went, and how it was verified."""
+    """One target's build: its folder, segments, where each node went, and how it was verified.
+
+    ``picks``: it has an input that says which positions' logits it computes.
+    """
 
     model_config = pydantic.ConfigDict(extra="forbid")
     target: str
@@ -57,6 +60,7 @@ class BuildRecord(pydantic.BaseModel):
     placement: dict[str, Any]
     toolchain: dict[str, str]
     cache: dict[str, Any] | None = None
+    picks: bool = False
     verification: dict[str, Any] | None = None
 
 

@@ -133,7 +133,7 @@ def _hold_context(loaded: Loaded, context: int, batch: int, vocabulary: int, see
 
 
 def _run_chunks(session: Session, ids: Any) -> Any:
-    """Logits of the last chunk of ``ids`` [batch, n]."""
+    """Logits [batch, 1, vocab] after the last of ``ids`` [batch, n]."""
     import numpy as np
 
     from hal.runtime.generate import PREFILL_CHUNK
@@ -141,7 +141,7 @@ def _run_chunks(session: Session, ids: Any) -> Any:
     logits = None
     for at in range(0, ids.shape[1], PREFILL_CHUNK):
         chunk = np.ascontiguousarray(ids[:, at : at + PREFILL_CHUNK], np.int64)
-        logits = session.run({session.inputs[0].name: chunk})["logits"]
+        logits = session.run({session.inputs[0].name: chunk}, logits="last")["logits"]
     return logits
 
 

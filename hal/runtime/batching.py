@@ -125,8 +125,8 @@ class RowPool:
         """Run up to ``tokens`` more of a row's prompt; logits [vocab] if that was its end."""
         start = self.held(row)
         part = row.ids[start : start + min(tokens, self._chunk)]
-        logits = self._session.step([row.number], part[None])
-        return logits[0, -1] if self.held(row) == len(row.ids) else None
+        logits = self._session.step([row.number], part[None], logits="last")
+        return logits[0, 0] if self.held(row) == len(row.ids) else None
 
     def run_tokens(self, rows: Sequence[Row], tokens: Sequence[int]) -> np.ndarray:
         """Run one token of each row; logits [rows, vocab]."""

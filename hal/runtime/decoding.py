@@ -15,6 +15,7 @@ import numpy as np
 
 from hal.errors import HalError, InputError
 from hal.runtime.lookup import PromptLookup
+from hal.runtime.picks import Logits
 from hal.runtime.sampling import Sampler, SamplingOptions
 from hal.runtime.stopping import StopStrings
 from hal.runtime.tokenizer import TextStream, Tokenizer
@@ -282,15 +283,18 @@ def _advance(session: Session, feed: Sequence[Sequence[int]]) -> list[np.ndarray
     ids = np.zeros((len(feed), max(lengths)), np.int64)
     for index, tokens in enumerate(feed):
         ids[index, : len(tokens)] = tokens
-    logits = session.run({session.inputs[0].name: ids}, lengths=lengths)["logits"]
-    return [logits[index, length - 1] for index, length in enumerate(lengths)]
+    outputs = session.run({session.inputs[0].name: ids}, lengths=lengths, logits="last")
+    return [row[0] for row in outputs["logits"]]
 
 
-def run_ids(session: Session, ids: Sequence[int]) -> np.ndarray:
-    """Logits [len(ids), vocab] of more tokens of one sequence; the state goes on."""
-    outputs = session.run({session.inputs[0].name: np.array([ids], np.int64)})
-    logits: np.ndarray = outputs["logits"][0]
-    return logits
+def run_ids(session: Session, ids: Sequence[int], logits: Logits = "all") -> np.ndarray:
+    """Logits [len(ids), vocab] of more tokens of one sequence, or [1, vocab] of the last one.
+
+    The state goes on.
+    """
+    outputs = session.run({session.inputs[0].name: np.array([ids], np.int64)}, logits=logits)
+    result: np.ndarray = outputs["logits"][0]
+    return result
 
 
 def _prefill(session: Session, ids: Sequence[int], start: int, chunk: int) -> np.ndarray:
@@ -298,7 +302,7 @@ def _prefill(session: Session, ids: Sequence[int], start: int, chunk: int) -> np
     logits = np.zeros(0, np.float32)
     for at in range(start, len(ids), chunk):
         _check_position(session, at)
-        logits = run_ids(session, ids[at : at + chunk])[-1]
+        logits = run_ids(session, ids[at : at + chunk], "last")[0]
     return logits
 
 

@@ -18,9 +18,11 @@ from hal.descriptor import parse
 from hal.errors import InputError, TargetError, did_you_mean
 from hal.ir import Dim, State, TensorSpec
 from hal.ir.cache_plan import LAYOUTS, CachePlan
+from hal.ir.picks import LOGITS, PICK
 from hal.runtime import saved_state
 from hal.runtime.arrays import check_inputs
 from hal.runtime.executable import SegmentedExecutable
+from hal.runtime.picks import Logits, check_logits, last_of, picked
 from hal.runtime.saved_state import SavedState
 from hal.runtime.state import CarriedState
 from hal.targets import load_backend
@@ -65,6 +67,7 @@ class Session:
         limit = manifest.metadata.get("max_positions")
         self._state = CarriedState(self.states, specs, plan, limit)
         self._rows: list[int] = []
+        self._picks = record.picks
         descriptor = parse(record.descriptor, f"{bundle.path} ({target})")
         count = threads or len(os.sched_getaffinity(0))
         parts = []
@@ -116,7 +119,11 @@ class Session:
         return values[0] if len(values) == 1 else values
 
     def run(
-        self, inputs: Mapping[str, Any], *, lengths: Sequence[int] | None = None
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        lengths: Sequence[int] | None = None,
+        logits: Logits = "all",
     ) -> dict[str, Any]:
         """Run once and carry the state on.
 
@@ -124,13 +131,16 @@ class Session:
             inputs: arrays by input name: numpy, or anything that speaks DLPack.
             lengths: tokens of each row that count, the rest of a row being padding on the right;
                 None: all of them. Only with carried state, and only where rows may differ.
+            logits: of a language model: ``"last"`` gives those of each row's last token that
+                counts, ``[batch, 1, vocab]``, and computes no others where the build can.
 
         Returns:
             numpy arrays by output name, without the state. Outputs at padding mean nothing.
 
         Raises:
             InputError: an input is unknown, missing, or has a wrong dtype, rank or extent; the
-                state has another batch size, or no room; ``lengths`` do not fit.
+                state has another batch size, or no room; ``lengths`` do not fit; ``"last"`` of a
+                model that carries no state, or has no logits.
         """
         if not isinstance(inputs, Mapping):
             raise InputError(
@@ -139,6 +149,7 @@ class Session:
             )
         arrays = check_inputs(inputs, self.inputs)
         self._check_ids(arrays)
+        self._check_logits(logits)
         if not self.states:
             return self.executable.run(arrays)
         batch, length = self._batch_and_length(arrays)
@@ -149,10 +160,14 @@ class Session:
                 f"the batch is {batch}, the carried state has {len(self._rows)}",
                 "call session.reset() before another batch size",
             )
-        return self._advance(self._rows, arrays, length, lengths)
+        return self._advance(self._rows, arrays, length, lengths, logits)
 
     def step(
-        self, rows: Sequence[int], input_ids: np.ndarray, lengths: Sequence[int] | None = None
+        self,
+        rows: Sequence[int],
+        input_ids: np.ndarray,
+        lengths: Sequence[int] | None = None,
+        logits: Logits = "all",
     ) -> np.ndarray:
         """Run new tokens of some rows of :attr:`state`, as a scheduler of many sequences does.
 
@@ -160,17 +175,20 @@ class Session:
             rows: numbers that ``session.state.add()`` gave.
             input_ids: int64 ``[len(rows), tokens]``, padded on the right.
             lengths: tokens of each row that count; None: all.
+            logits: see :meth:`run`.
 
         Returns:
-            Logits, float32 ``[len(rows), tokens, vocab]``.
+            Logits, float32 ``[len(rows), tokens, vocab]``, or ``[len(rows), 1, vocab]``.
 
         Raises:
             InputError: see :meth:`run`; the model takes more than ``input_ids``.
         """
         arrays = check_inputs({"input_ids": input_ids}, self.inputs)
         self._check_ids(arrays)
-        logits: np.ndarray = self._advance(rows, arrays, input_ids.shape[1], lengths)["logits"]
-        return logits
+        self._check_logits(logits)
+        outputs = self._advance(rows, arrays, input_ids.shape[1], lengths, logits)
+        result: np.ndarray = outputs[LOGITS]
+        return result
 
     @property
     def state(self) -> CarriedState:
@@ -183,6 +201,7 @@ class Session:
         arrays: dict[str, Any],
         length: int,
         lengths: Sequence[int] | None,
+        logits: Logits,
     ) -> dict[str, Any]:
         counts = [length] * len(rows) if lengths is None else [int(n) for n in lengths]
         if len(counts) != len(rows) or not all(0 <= n <= length for n in counts):
@@ -191,9 +210,24 @@ class Session:
                 "give one length from 0 to the padded length for each row",
             )
         self._state.check_counts(rows, counts, length)
-        outputs = self.executable.run({**arrays, **self._state.feeds(rows, length)})
+        feeds = {**arrays, **self._state.feeds(rows, length)}
+        if self._picks:
+            feeds[PICK] = picked(counts, length, logits)
+        outputs = self.executable.run(feeds)
         self._state.advance(rows, counts, outputs)
-        return {s.name: outputs[s.name] for s in self.outputs}
+        results = {s.name: outputs[s.name] for s in self.outputs}
+        if logits == "last" and not self._picks:
+            results[LOGITS] = last_of(results[LOGITS], counts)
+        return results
+
+    def _check_logits(self, logits: str) -> None:
+        check_logits(logits)
+        has = self.states and any(s.name == LOGITS for s in self.outputs)
+        if logits == "last" and not has:
+            raise InputError(
+                "logits='last' is asked of a model that is no language model with carried state",
+                "leave it out",
+            )
 
     def _check_ids(self, arrays: Mapping[str, Any]) -> None:
         """Refuse ids that the embedding has no row for; runtimes may read past the table."""

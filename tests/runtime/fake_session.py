@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from hal.runtime.picks import Logits, last_of
+
 BYTES = 256
 END = 256
 VOCABULARY = 257
@@ -71,19 +73,22 @@ class FakeSession:
         self.rows = [row[:length] for row in self.rows]
 
     def run(
-        self, inputs: Mapping[str, Any], lengths: Sequence[int] | None = None
+        self,
+        inputs: Mapping[str, Any],
+        lengths: Sequence[int] | None = None,
+        logits: Logits = "all",
     ) -> dict[str, np.ndarray]:
         ids = np.asarray(inputs["input_ids"])
         counts = [ids.shape[1]] * len(ids) if lengths is None else list(lengths)
         self.calls.append(counts)
         self.rows = self.rows or [[] for _ in ids]
         assert len(self.rows) == len(ids)
-        logits = np.full((*ids.shape, VOCABULARY), np.nan, np.float32)
+        result = np.full((*ids.shape, VOCABULARY), np.nan, np.float32)
         for index, row in enumerate(self.rows):
             for at in range(counts[index]):
                 row.append(int(ids[index, at]))
-                logits[index, at] = self._logits(row)
-        return {"logits": logits}
+                result[index, at] = self._logits(row)
+        return {"logits": last_of(result, counts) if logits == "last" else result}
 
     def _logits(self, row: list[int]) -> np.ndarray:
         noise = np.random.default_rng(row[-2:]).normal(0, 1, VOCABULARY).astype(np.float32)
@@ -100,10 +105,13 @@ class OneRowSession(FakeSession):
         self.plan = None
 
     def run(
-        self, inputs: Mapping[str, Any], lengths: Sequence[int] | None = None
+        self,
+        inputs: Mapping[str, Any],
+        lengths: Sequence[int] | None = None,
+        logits: Logits = "all",
     ) -> dict[str, np.ndarray]:
         assert lengths is None
-        return super().run(inputs)
+        return super().run(inputs, logits=logits)
 
 
 class Files(dict[str, bytes]):
