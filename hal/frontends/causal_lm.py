@@ -14,7 +14,11 @@ from typing import Any
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from hal.errors import ExportError
 from hal.ir import State
@@ -165,9 +169,10 @@ def _full_length_cache(cache: Any) -> Any:
     cache = _copy(cache)
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, DynamicLayer) and getattr(layer, "is_sliding", False):
-            full = DynamicLayer()
-            full.lazy_initialization(layer.keys, layer.values)
-            full.keys, full.values = layer.keys, layer.values
+            recurrent = isinstance(layer, LinearAttentionCacheLayerMixin)
+            full = LinearAttentionAndFullAttentionLayer() if recurrent else DynamicLayer()
+            names = {*vars(full), "dtype", "device"}
+            vars(full).update({k: v for k, v in vars(layer).items() if k in names})
             cache.layers[index] = full
     return cache
 
