@@ -6,7 +6,8 @@ The convention, so that pages stay plain Markdown:
 * ``python`` blocks are executed; a block of any language whose first line is ``# file: NAME`` is
   written to that file instead;
 * in ``console`` blocks a line ``$ hal …`` runs through the command line; the lines below it must
-  occur in what it prints, spaces apart, ``…`` standing for anything; ``$ make …`` must name a target
+  occur in what it prints, spaces apart, ``…`` standing for anything; of ``$ hal serve`` only the
+  options are checked; ``$ make …`` must name a target
   of the Makefile, ``$ pip install …`` extras that exist, ``$ python FILE`` a file of the repository;
 * ``<!-- setup`` … ``-->`` is Python that a reader does not need to see;
 * blocks of other languages are for reading.
@@ -107,6 +108,8 @@ def _run_console(block: Block) -> None:
 def _run_command(place: str, command: str, shown: list[str]) -> None:
     words = shlex.split(command, comments=True)
     match words[0]:
+        case "hal" if words[1] == "serve":  # would not end
+            _require_options(place, words[1], words[2:])
         case "hal":
             _run_hal(place, words[1:], shown)
         case "make":
@@ -125,6 +128,17 @@ def _run_command(place: str, command: str, shown: list[str]) -> None:
             pass
         case other:
             raise AssertionError(f"{place}: {other!r} is not run by the tests of the documentation")
+
+
+def _require_options(place: str, command: str, words: list[str]) -> None:
+    import typer
+
+    from hal.cli._app import create
+
+    parent = typer.main.get_command(create())
+    known = {name for option in parent.commands[command].params for name in option.opts}
+    asked = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert asked <= known, f"{place}: hal {command} has no {sorted(asked - known)}"
 
 
 def _run_hal(place: str, arguments: list[str], shown: list[str]) -> None:
