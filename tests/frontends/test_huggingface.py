@@ -31,7 +31,8 @@ def test_prefill_and_cached_decoding_equal_torch(name: str, tmp_path: Path) -> N
     signature = graph.signature()
     assert [str(s) for s in signature.inputs] == ["input_ids: int64[batch, sequence]"]
     assert [str(s) for s in signature.outputs] == ["logits: float32[batch, sequence, 256]"]
-    assert signature.state[0].axes == ("batch", "head", "position", "channel")
+    grown = next(s for s in signature.state if s.growth_axis is not None)
+    assert grown.axes == ("batch", "head", "position", "channel")
     assert graph.output_specs()["present.1.value"].dims[2] == "past + sequence"
     # One graph serves batch 1, one token, no past, and (for a window of 8) lengths beyond it.
     model = models.build(name)
