@@ -88,9 +88,9 @@ def compile(
             directory; None keeps it in a temporary folder that goes with the returned object.
         dynamic: names for dynamic axes, ``{"x": {0: "batch"}}``.
         quantize: weight format; this version keeps the model's own (None).
-        kv_cache: what a language model carries (``auto``, ``latent``, ``expanded``) and how
-            (``contiguous``, ``paged``, ``int8``, ``int4``); combined with commas. What to carry
-            is priced for the first target.
+        kv_cache: what a language model carries (``auto``, ``latent``, ``expanded``, or
+            ``exported``: what its own code does) and how (``contiguous``, ``paged``, ``int8``,
+            ``int4``); combined with commas. What to carry is priced for the first target.
         verify: run every build against the reference and fail beyond tolerance.
         fallback: give nodes that a target refuses to the host runtime.
         progress: called with a sentence before each long step.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hal.descriptor import Descriptor
 from hal.passes.assemble import Assemble
 from hal.passes.attention import FuseAttention
-from hal.passes.base import Pipeline
+from hal.passes.base import Pass, Pipeline
 from hal.passes.carried_order import CarriedOrder
 from hal.passes.causal_conv import FuseCausalConv
 from hal.passes.causal_mask import CausalMask
@@ -37,8 +37,11 @@ def default_pipeline(descriptor: Descriptor | None = None, kv_cache: str = "auto
     """The neutral pipeline: clean up, fuse to ONNX's high-level ops, choose what to carry.
 
     ``descriptor`` prices what could be carried (:class:`KvCache`); no other neutral pass reads it.
+    ``kv_cache`` is that pass's mode, or ``exported`` to carry what the model's own code does.
     """
-    steps = (clean_up(), fusions(), clean_up(), KvCache(kv_cache, descriptor), clean_up())
+    steps: tuple[Pass | Pipeline, ...] = (clean_up(), fusions(), clean_up())
+    if kv_cache != "exported":
+        steps += (KvCache(kv_cache, descriptor), clean_up())
     return Pipeline("default", steps)
 
 

@@ -66,7 +66,7 @@ def compile_command(
         typer.Option(
             "--kv-cache",
             metavar="WORDS",
-            help="What a language model carries (auto, latent, expanded) and how (contiguous, "
+            help="What a language model carries (auto, latent, expanded, exported) and how (contiguous, "
             "paged, int8, int4); combine with commas.",
         ),
     ] = "auto",

@@ -11,7 +11,7 @@ from typing import Any
 
 from hal.errors import InputError, did_you_mean
 
-CARRY = ("latent", "expanded")
+CARRY = ("latent", "expanded", "exported")
 LAYOUT = ("contiguous", "paged")
 BITS = {"int8": 8, "int4": 4}
 VALUES = ("auto", *LAYOUT, *BITS, *CARRY)
@@ -20,7 +20,9 @@ VALUES = ("auto", *LAYOUT, *BITS, *CARRY)
 
 @dataclasses.dataclass(frozen=True)
 class CacheOptions:
-    """``carry`` is for the cache pass (``auto``, ``latent``, ``expanded``), the rest for builds.
+    """``carry`` is for the cache pass, the rest for builds.
+
+    ``carry`` is ``auto``, ``latent`` or ``expanded``; ``exported`` leaves the pass out.
 
     ``layout`` (``contiguous``, ``paged``) and ``bits`` (8, 4) are None where a target may choose.
     """
