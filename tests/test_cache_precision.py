@@ -17,8 +17,8 @@ TOKENS = 512
 
 
 @pytest.fixture(scope="module")
-def exact() -> tuple[list[int], np.ndarray, int]:
-    """Tokens of a text, the best next token after each, and bytes that a token takes."""
+def exact() -> tuple[hal.Bundle, list[int], np.ndarray, int]:
+    """A bundle, tokens of a text, the best token after each, and bytes that a token takes."""
     bundle = hal.compile(MODEL, target=ROUTE, verify=False)
     topics = pydoc_data.topics.topics
     text = topics["for"] + topics["class"] + topics["with"]
@@ -26,18 +26,17 @@ def exact() -> tuple[list[int], np.ndarray, int]:
     assert len(ids) == TOKENS
     session = bundle.session()
     assert session.plan is not None
-    return ids, session.logits(ids).argmax(-1), session.plan.token_bytes()
+    return bundle, ids, session.logits(ids).argmax(-1), session.plan.token_bytes()
 
 
 @pytest.mark.parametrize(
     ("width", "agreement", "share"), [("int8", 0.99, 0.3), ("int4", 0.97, 0.2)]
 )
 def test_best_tokens_stay_and_bytes_shrink(
-    exact: tuple[list[int], np.ndarray, int], width: str, agreement: float, share: float
+    exact: tuple[hal.Bundle, list[int], np.ndarray, int], width: str, agreement: float, share: float
 ) -> None:
-    ids, best, token_bytes = exact
-    bundle = hal.compile(MODEL, target=ROUTE, kv_cache=width, verify=False)
-    session = bundle.session()
+    bundle, ids, best, token_bytes = exact
+    session = bundle.retarget(ROUTE, kv_cache=width, verify=False).session()
     assert session.plan is not None
     assert (session.logits(ids).argmax(-1) == best).mean() >= agreement
     assert session.plan.token_bytes() <= share * token_bytes
