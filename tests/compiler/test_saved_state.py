@@ -1,0 +1,150 @@
+"""A conversation as a file: what moves, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hal
+from hal import InputError
+from hal.runtime.saved_state import SavedState
+from tests.compiler.support import ROUTE
+
+IDS = np.array([[5, 9, 7, 3, 8]])
+NEXT = np.array([[4]])
+
+Compiled = tuple[torch.nn.Module, hal.Bundle]
+
+
+def said(bundle: hal.Bundle) -> hal.Session:
+    session = bundle.session()
+    session.run({"input_ids": IDS})
+    return session
+
+
+def test_a_saved_state_goes_on_where_it_was(language_model: Compiled, tmp_path: Path) -> None:
+    _, bundle = language_model
+    first = said(bundle)
+    first.export_state(IDS.tolist()).save(tmp_path / "state")
+    second = bundle.session()
+    state = second.import_state(tmp_path / "state")
+    assert state.token_ids == (tuple(IDS[0].tolist()),)
+    assert second.position == IDS.shape[1]
+    step = {"input_ids": NEXT}
+    np.testing.assert_array_equal(second.run(step)["logits"], first.run(step)["logits"])
+
+
+@pytest.mark.parametrize("kv_cache", ["paged", "int8", "paged,int4"])
+def test_a_state_moves_to_another_layout(language_model: Compiled, kv_cache: str) -> None:
+    _, bundle = language_model
+    first = said(bundle)
+    state = first.export_state()
+    second = bundle.retarget(ROUTE, kv_cache=kv_cache, verify=False).session()
+    second.import_state(state)
+    step = {"input_ids": NEXT}
+    near = 0.05 if "int" in kv_cache else 1e-5
+    np.testing.assert_allclose(second.run(step)["logits"], first.run(step)["logits"], atol=near)
+
+
+def test_rows_keep_their_lengths(language_model: Compiled) -> None:
+    _, bundle = language_model
+    first = bundle.session()
+    first.run({"input_ids": np.repeat(IDS, 2, axis=0)}, lengths=[5, 2])
+    second = bundle.session()
+    second.import_state(first.export_state())
+    assert second.lengths == [5, 2]
+    with pytest.raises(InputError, match=r"\[5, 2\] tokens"):
+        second.export_arrays()
+
+
+def test_a_state_of_another_model_is_refused(language_model: Compiled, memory: hal.Bundle) -> None:
+    _, bundle = language_model
+    session = memory.session()
+    with pytest.raises(InputError, match="belongs to another model"):
+        session.import_state(said(bundle).export_state())
+
+
+def test_ids_that_do_not_fit_are_refused(language_model: Compiled) -> None:
+    _, bundle = language_model
+    with pytest.raises(InputError, match=r"\[2\] token ids are given"):
+        said(bundle).export_state([[1, 2]])
+
+
+@pytest.fixture
+def saved(language_model: Compiled, tmp_path: Path) -> Path:
+    said(language_model[1]).export_state().save(tmp_path / "state")
+    return tmp_path / "state"
+
+
+def flip(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def other_header(data: bytes, change: tuple[str, object]) -> bytes:
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    facts = json.loads(header["__metadata__"]["hal.state"])
+    facts[change[0]] = change[1]
+    header["__metadata__"]["hal.state"] = json.dumps(facts)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + size :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda data: data[: len(data) // 2], id="cut off"),
+        pytest.param(lambda data: flip(data, len(data) - 5), id="a value"),
+        pytest.param(lambda data: b"", id="empty"),
+        pytest.param(lambda data: b"not a state at all", id="another file"),
+        pytest.param(lambda data: other_header(data, ("tokens", [4])), id="the length"),
+        pytest.param(lambda data: other_header(data, ("model", "0" * 64)), id="the model"),
+        pytest.param(lambda data: other_header(data, ("format", 99)), id="a newer format"),
+        pytest.param(lambda data: other_header(data, ("first", None)), id="a missing fact"),
+    ],
+)
+def test_a_damaged_file_is_refused(saved: Path, damage: object) -> None:
+    assert callable(damage)
+    saved.write_bytes(damage(saved.read_bytes()))
+    with pytest.raises(InputError, match="state"):
+        SavedState.load(saved)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no state file .*nowhere"):
+        SavedState.load(tmp_path / "nowhere")
+
+
+def test_nothing_is_left_of_a_state_that_cannot_be_written(saved: Path, tmp_path: Path) -> None:
+    state = SavedState.load(saved)
+    with pytest.raises(InputError, match="cannot be written"):
+        state.save(tmp_path / "no" / "folder" / "state")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["state"]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "paged"])
+def test_forks_go_their_own_ways(language_model: Compiled, layout: str) -> None:
+    _, bundle = language_model
+    if layout == "paged":
+        bundle = bundle.retarget(ROUTE, kv_cache="paged", verify=False)
+    first = said(bundle)
+    second = first.fork()
+    third = second.fork()
+    straight = said(bundle)
+    first.run({"input_ids": np.array([[11, 12, 13]])})
+    second.run({"input_ids": np.array([[20]])})
+    for session in (third, straight):
+        session.run({"input_ids": NEXT})
+    second.trim(IDS.shape[1])
+    step = {"input_ids": NEXT}
+    right = said(bundle).run(step)["logits"]
+    np.testing.assert_allclose(second.run(step)["logits"], right, atol=1e-5)
+    np.testing.assert_allclose(third.run(step)["logits"], straight.run(step)["logits"], atol=1e-5)
+    first.reset()
+    third.run(step)
+    assert (first.position, third.position) == (0, 8)
