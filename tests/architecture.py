@@ -71,7 +71,7 @@ SILICON = re.compile(
 MODELS = re.compile(
     r"""^(
     llama\d*|qwen\d*|gemma\d*|mistral|mixtral|deepseek\w*|phi\d|falcon|bloom|starcoder\d*|olmo\w*
-    |bert|roberta|distilbert|minilm|vit|deit|swin|clip|resnet\d*|convnext\w*|mobilenet\w*
+    |bert|roberta|distilbert|minilm|vit|deit|swin|resnet\d*|convnext\w*|mobilenet\w*
     |whisper|t5|bart|gpt2|gptj|gptneox|mamba\d*|rwkv\d*
     )$""",
     re.VERBOSE,
