@@ -420,7 +420,7 @@ def check_options(
     if quantize is not None:
         raise InputError(f"quantize={quantize!r} is not available in this version", "leave it out")
     parse_kv_cache(kv_cache)
-    names = [target] if isinstance(target, str) else target
+    names: Any = [target] if isinstance(target, str) else target
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise InputError(f"target={target!r} is neither a name nor a list of names", "use 'host'")
     if not names:

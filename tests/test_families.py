@@ -18,11 +18,8 @@ DECODE_STEPS = 16
 NEW_TOKENS = 64
 
 
-# One group per family keeps its tests on one worker, so that it is compiled once.
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(f, marks=pytest.mark.xdist_group(f)) for f in models.FAMILIES],
-)
+# tests/conftest.py keeps a family's tests in one process, so that it is compiled once.
+@pytest.fixture(scope="module", params=models.FAMILIES)
 def compiled(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, torch.nn.Module, hal.Bundle]:

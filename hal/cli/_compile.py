@@ -66,8 +66,8 @@ def compile_command(
         typer.Option(
             "--kv-cache",
             metavar="WORDS",
-            help="What a language model carries (auto, latent, expanded, exported) and how (contiguous, "
-            "paged, int8, int4); combine with commas.",
+            help="What a language model carries (auto, latent, expanded, exported) and how "
+            "(contiguous, paged, int8, int4); combine with commas.",
         ),
     ] = "auto",
     explain: Explain = False,

@@ -94,7 +94,7 @@ class Evaluator:
         try:
             evaluator = onnx.reference.ReferenceEvaluator(self._proto)
             arrays = {name: _plain(value) for name, value in feeds.items()}
-            found = self._results(evaluator.run(None, arrays))
+            found = self._results(list(evaluator.run(None, arrays)))
             return {v.name: _unwrapped(found[v.name], v.type) for v in self._proto.graph.output}
         except Exception as error:
             failures.append(f"onnx.reference: {_first_line(error)}")

@@ -277,7 +277,7 @@ class CacheStore:
     def feeds(self, rows: Sequence[int], new: int) -> dict[str, np.ndarray]:
         """Inputs of a step that gives each of ``rows`` up to ``new`` positions: room is made."""
         items = [self._rows[r] for r in rows]
-        feeds = {PAST: np.array([i.tokens for i in items], np.int64)}
+        feeds: dict[str, np.ndarray] = {PAST: np.array([i.tokens for i in items], np.int64)}
         for name, pages in self._groups.items():
             for item in items:
                 self._make_room(pages, item, item.held[name], new)

@@ -63,9 +63,10 @@ def _fits(node: ir.Node) -> bool:
     assert keys.shape is not None
     assert values.shape is not None
     extents = [q.shape[1], q.shape[3], keys.shape[1], keys.shape[3], values.shape[3]]
-    if not all(isinstance(n, int) for n in extents):
+    static = [n for n in extents if isinstance(n, int)]
+    if len(static) != len(extents):
         return False
-    heads, size, kv_heads, key_size, value_size = extents
+    heads, size, kv_heads, key_size, value_size = static
     return size == key_size == value_size and size % 8 == 0 and heads % kv_heads == 0
 
 
