@@ -16,6 +16,7 @@ ONE_PROCESS = (
     "tests/docs",
     "tests/frontends/test_recurrence.py",
     "tests/runtime/test_picks.py",
+    "tests/server/test_embeddings.py",
     "tests/server",
     "tests/test_cache_precision.py",
     "tests/test_minilm.py",

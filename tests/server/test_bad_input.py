@@ -10,8 +10,6 @@ import pytest
 
 from tests.server.running import Running
 
-pytestmark = pytest.mark.xdist_group("server")
-
 CHAT, PLAIN, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 MESSAGES = [{"role": "user", "content": "Hello"}]
 

@@ -22,8 +22,6 @@ from hal.runtime.generate import GenerationOptions
 from hal.server import bind, open_model
 from tests.cli.conftest import write_model
 
-pytestmark = pytest.mark.xdist_group("server")
-
 
 def serve(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, list[str]]:
     code = main(["serve", *map(str, arguments)])

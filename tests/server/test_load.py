@@ -23,8 +23,6 @@ from tests.server.running import Running, eventually, serving
 WORDS = ("a", "class", "is", "the", "for", "statement", "of", "lists", "and", "some", "module")
 CLIENTS = 256
 
-pytestmark = pytest.mark.xdist_group("server")
-
 
 def prompts(count: int) -> list[str]:
     source = random.Random(3)

@@ -11,8 +11,6 @@ import pytest
 import hal
 from tests.server.running import Running
 
-pytestmark = pytest.mark.xdist_group("server")
-
 MESSAGES = [
     {"role": "system", "content": "Be short."},
     {"role": "user", "content": "What is a list?"},
