@@ -6,11 +6,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
+
+DEMO = Path(__file__).parents[1] / "examples" / "demo_model"
 
 CAUSAL_LMS = (
     "llama",
@@ -185,6 +188,15 @@ def save(name: str, directory: Path, **overrides: Any) -> Path:
     path = directory / name
     build(name, **overrides).save_pretrained(path)
     return path
+
+
+def add_tokenizer(source: Path, template: str | None = None) -> Path:
+    """Give a saved language model of 1,536 tokens the demonstration's tokenizer; return ``source``."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, source)
+    if template is not None:
+        (source / "chat_template.jinja").write_text(template)
+    return source
 
 
 def example(name: str, batch: int = 2, length: int = 7) -> dict[str, torch.Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import hal
 from tests import models
 from tests.cli.conftest import Hal
 
-DEMO = Path(__file__).parents[2] / "examples" / "demo_model"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 PROMPT = ["--prompt", "The for statement", "--max-new-tokens", 12]
 
@@ -23,9 +21,7 @@ PROMPT = ["--prompt", "The for statement", "--max-new-tokens", 12]
 def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chat")
     source = models.save("llama", folder, vocab_size=1536, num_hidden_layers=1)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO / name, source)
-    (source / "chat_template.jinja").write_text(TEMPLATE)
+    models.add_tokenizer(source, TEMPLATE)
     path = folder / "chat.hal"
     hal.compile(source, target="host:onnxruntime", output=path, verify=False)
     return path

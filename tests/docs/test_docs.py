@@ -40,8 +40,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = models.save("llama", folder, vocab_size=1536, num_hidden_layers=1).rename(
         folder / "my-model"
     )
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ROOT / "examples" / "demo_model" / name, source)
+    models.add_tokenizer(source)
     files.save_mlp(folder / "model.onnx")
     return folder
 

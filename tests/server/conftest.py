@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from hal.server import open_model
 from tests import models
 from tests.server.running import Running, serving
 
-DEMO = Path(__file__).parents[2] / "examples" / "demo_model"
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n"
     "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}{% endfor %}"
@@ -34,9 +32,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "llama", vocab_size=1536, num_hidden_layers=1, initializer_range=0.4
     )
     transformers.LlamaForCausalLM(config).eval().save_pretrained(source)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO / name, source)
-    (source / "chat_template.jinja").write_text(TEMPLATE)
+    models.add_tokenizer(source, TEMPLATE)
     path = folder / "tiny.hal"
     hal.compile(source, target="host:tvm", kv_cache="paged", output=path, verify=False)
     return path

@@ -17,7 +17,7 @@ import pytest
 import hal
 from hal.runtime.engine import EngineOptions
 from hal.server import open_model
-from tests.server.conftest import DEMO
+from tests.models import DEMO
 from tests.server.running import Running, eventually, serving
 
 WORDS = ("a", "class", "is", "the", "for", "statement", "of", "lists", "and", "some", "module")
