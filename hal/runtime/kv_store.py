@@ -60,6 +60,10 @@ class _Pages:
     def resize(self, count: int, page: int, valid: int | None = None) -> None:
         """Make room for ``count`` pages of ``page`` positions; the first ``valid`` are kept."""
         kept = self.page if valid is None else valid
+        if page == self.page and self.arrays and count <= len(self.uses):
+            self.arrays = {name: array[:count] for name, array in self.arrays.items()}
+            del self.uses[count:]
+            return
         for name, heads, channels, dtype in self._specs():
             fresh = aligned((count, heads, page, channels), dtype)
             old = self.arrays.get(name)
