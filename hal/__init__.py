@@ -31,6 +31,7 @@ from hal.errors import (
 if TYPE_CHECKING:
     from hal.bundle import Bundle, load
     from hal.compiler import compile
+    from hal.runtime.saved_state import SavedState
     from hal.runtime.session import Session
     from hal.targets import list_targets
 
@@ -47,6 +48,7 @@ __all__ = [
     "InputError",
     "MissingExtraError",
     "ModelError",
+    "SavedState",
     "Session",
     "TargetError",
     "UnsupportedError",
@@ -58,6 +60,7 @@ __all__ = [
 # Looked up on first use, so that `import hal` and `hal --help` stay fast.
 _LAZY = {
     "Bundle": "hal.bundle",
+    "SavedState": "hal.runtime.saved_state",
     "Session": "hal.runtime.session",
     "compile": "hal.compiler",
     "list_targets": "hal.targets",

@@ -180,6 +180,7 @@ PUBLIC = [
     "InputError",
     "MissingExtraError",
     "ModelError",
+    "SavedState",
     "Session",
     "TargetError",
     "UnsupportedError",

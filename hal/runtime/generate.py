@@ -28,7 +28,7 @@ from hal.runtime.decoding import (
     run_ids,
 )
 from hal.runtime.grammar import Grammar, checked_grammar
-from hal.runtime.options import GenerationOptions, is_text, whole_number
+from hal.runtime.options import GenerationOptions, check_names, is_text, whole_number
 from hal.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -166,7 +166,8 @@ def generate(
     as_text: bool | None = None,
     response_format: Mapping[str, Any] | None = None,
     grammar: str | None = None,
-    held: Sequence[int] = (),
+    held: Sequence[int] | np.ndarray = (),
+    **unknown: Any,
 ) -> Generated:
     """Continue one prompt.
 
@@ -197,17 +198,19 @@ def generate(
         grammar: the same as a grammar in Lark's syntax, instead.
         held: ids that the session's state holds already (:attr:`Generated.held_ids` of what was
             generated before); the beginning that they share with the prompt is not run again.
+        unknown: refused.
 
     Returns:
         An iterator: token ids for a prompt of ids unless ``as_text``, pieces of text otherwise.
 
     Raises:
-        InputError: not a language model, an option out of its range (named, with the range), an
-            empty prompt, one that leaves no room within the model's positions, ids outside the
-            vocabulary, text without a tokenizer in the bundle, or messages without a chat template
-            or such that the template refuses.
+        InputError: not a language model, an option that there is not or that is out of its range
+            (named, with the range), an empty prompt, one that leaves no room within the model's
+            positions, ids outside the vocabulary, text without a tokenizer in the bundle, or
+            messages without a chat template or such that the template refuses.
         MissingExtraError: a grammar is given and the extra is not installed.
     """
+    check_names(unknown, [*(f.name for f in dataclasses.fields(GenerationOptions)), "held"])
     options = GenerationOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -225,6 +228,7 @@ def generate(
         grammar=grammar,
     )
     check_language_model(session)
+    held = _held_ids(held)
     row = continuation(session, prompt, options, _tokenizer(session, options, [prompt]), 0)
     counts = Counts()
     chunk = options.prefill_chunk or PREFILL_CHUNK
@@ -257,6 +261,8 @@ def generate_batch(session: Session, prompts: Iterable[Prompt], **options: Any) 
         )
     if isinstance(prompts, str):
         raise InputError("prompts is one text", "pass a list of prompts, or use generate()")
+    if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
+        raise InputError(f"prompts is a {type(prompts).__name__}", "pass a list of prompts")
     listed = list(prompts)
     if not listed:
         raise InputError("the batch is empty", "give at least one prompt")
@@ -414,6 +420,19 @@ def _valid_ids(prompt: object) -> list[int]:
     if array.ndim == 2 and len(array) > 1:
         raise InputError(f"{len(array)} prompts are given at once", hint)
     return [int(i) for i in array.reshape(-1)]
+
+
+def _held_ids(held: Any) -> list[int]:
+    try:
+        array = np.asarray(held)
+    except ValueError:
+        array = np.empty((), object)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise InputError(
+            f"held is no list of token ids but {type(held).__name__}",
+            "pass held_ids of what was generated before",
+        )
+    return [int(i) for i in array]
 
 
 def _rate(count: int, seconds: float | None) -> float | None:

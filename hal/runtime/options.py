@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,9 +63,7 @@ class GenerationOptions:
             InputError: there is no option of that name, or a value is out of its range.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        for name in options:
-            if name not in known:
-                raise InputError(f"no generation option {name!r}", did_you_mean(name, known))
+        check_names(options, known)
         return cls(**options)
 
     @property
@@ -88,7 +86,8 @@ class GenerationOptions:
         """What a continuation of ``prompt_tokens`` goes by, on a model with these facts.
 
         Raises:
-            InputError: the prompt leaves no room for a token within the model's positions.
+            InputError: the prompt leaves no room for a token within the model's positions, or a
+                stop token is not in the vocabulary.
         """
         limit, positions = self.max_new_tokens, metadata.get("max_positions")
         if positions:
@@ -99,11 +98,24 @@ class GenerationOptions:
                     f"shorten the prompt to at most {positions - 1} tokens",
                 )
             limit = min(limit, positions - prompt_tokens)
-        stop_ids = self.stop_token_ids
-        if stop_ids is None:
-            stop_ids = metadata.get("eos_token_ids", [])
-        ended = _stop_ids(stop_ids)
+        if self.stop_token_ids is None:
+            ended = _stop_ids(metadata.get("eos_token_ids", []))
+        else:
+            ended = _stop_ids(self.stop_token_ids)
+            _check_vocabulary(ended, metadata.get("vocab_size"))
         return Rules(limit, self.sampling, self.seed, checked_stops(self.stop), ended)
+
+
+def check_names(options: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse options that there are not.
+
+    Raises:
+        InputError: there is no option of that name.
+    """
+    known = list(known)
+    for name in options:
+        if name not in known:
+            raise InputError(f"no generation option {name!r}", did_you_mean(name, known))
 
 
 def is_text(prompt: object) -> bool:
@@ -120,6 +132,15 @@ def _stop_ids(value: Any) -> frozenset[int]:
             f"stop_token_ids is {value!r}", "stop_token_ids is a token id or a list of them"
         )
     return frozenset(int(i) for i in several)
+
+
+def _check_vocabulary(ids: frozenset[int], size: int | None) -> None:
+    wrong = sorted(i for i in ids if not 0 <= i < size) if size else []
+    if size and wrong:
+        raise InputError(
+            f"stop_token_ids has {wrong[0]}, the vocabulary is 0..{size - 1}",
+            "use the ids of the model's own tokenizer",
+        )
 
 
 def whole_number(name: str, value: Any, least: int) -> None:

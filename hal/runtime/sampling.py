@@ -26,12 +26,14 @@ class SamplingOptions:
     """How the next token is chosen.
 
     Attributes:
-        temperature: divides the logits; 0 or None: greedy, the filters below have no say.
+        temperature: divides the logits, from 0 to 100; 0 or None: greedy, the filters below have
+            no say.
         top_k: keep the k most likely tokens (and those that tie with the last); 0 or None: all.
         top_p: keep the fewest tokens whose probabilities sum to at least this; 1 or None: all.
         min_p: keep tokens at least this fraction as likely as the best one; None: all.
         repetition_penalty: logits of tokens that occurred are divided by it if positive, else
-            multiplied (CTRL, arXiv:1909.05858); 1: no effect. Applies to greedy choice as well.
+            multiplied (CTRL, arXiv:1909.05858), from 0.01 to 100; 1: no effect. Applies to greedy
+            choice as well.
 
     Raises:
         InputError: a value is out of its range; the text names the option and the range.
@@ -64,14 +66,18 @@ class SamplingOptions:
             ids: token ids before the new token, the prompt included; for the penalty.
 
         Returns:
-            float32 [vocab], ``-inf`` for tokens that are not kept.
+            float64 [vocab], ``-inf`` for tokens that are not kept; with a temperature, the best
+            is 0.
         """
-        scores = np.array(logits, np.float32)
+        scores = np.array(logits, np.float64)
         if self.repetition_penalty != 1.0 and len(ids):
             scores = _penalize(scores, ids, self.repetition_penalty)
         if not self.temperature:
             return scores
-        scores /= np.float32(self.temperature)
+        # The best becomes 0 first: what a tiny temperature sends to -inf is then never the best.
+        with np.errstate(over="ignore", invalid="ignore"):
+            scores -= scores.max()
+            scores /= float(self.temperature)
         if self.top_k:
             k = min(self.top_k, len(scores))
             scores[scores < np.partition(scores, -k)[-k]] = -np.inf
@@ -117,19 +123,25 @@ class Sampler:
             allowed: bool [vocab], tokens that may come at all; None: every token.
 
         Raises:
-            InputError: no token has a finite logit, so there is nothing to choose from.
+            InputError: no token has a finite logit, some are NaN or infinite, or none of those
+                that are allowed has one: there is nothing to choose from.
         """
-        if allowed is not None:
-            logits = np.where(allowed, logits, np.float32(-np.inf))
-        scores = logits
-        if not self.options.greedy or self.options.repetition_penalty != 1.0:
-            scores = self.options.filtered(logits, ids)
-        best = int(scores.argmax())
-        if not math.isfinite(float(scores[best])):
+        if not math.isfinite(float(logits.max())):
             raise InputError(
                 "no token can be chosen: the logits are not finite",
                 "the weights or the state are damaged: run hal verify on the bundle",
             )
+        if allowed is not None:
+            logits = np.where(allowed, logits, np.float32(-np.inf))
+            if not math.isfinite(float(logits.max())):
+                raise InputError(
+                    "no token can be chosen: the model gives none that is allowed here a chance",
+                    "loosen the grammar",
+                )
+        scores = logits
+        if not self.options.greedy or self.options.repetition_penalty != 1.0:
+            scores = self.options.filtered(logits, ids)
+        best = int(scores.argmax())
         if self.options.greedy:
             return best
         running = np.cumsum(softmax(scores))
@@ -147,8 +159,7 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 def _penalize(scores: np.ndarray, ids: Sequence[int] | np.ndarray, penalty: float) -> np.ndarray:
     seen = np.unique(np.asarray(ids, np.int64))
     values = scores[seen]
-    factor = np.float32(penalty)
-    scores[seen] = np.where(values < 0, values * factor, values / factor)
+    scores[seen] = np.where(values < 0, values * float(penalty), values / float(penalty))
     return scores
 
 
@@ -162,12 +173,19 @@ def _top_p(scores: np.ndarray, top_p: float) -> np.ndarray:
 
 
 _RANGES = {
-    "temperature": "a number from 0 (0 chooses the best token)",
+    "temperature": "a number from 0 to 100 (0 chooses the best token)",
     "top_k": "a whole number from 0 (0 keeps every token)",
     "top_p": "a number from 0 to 1 (1 keeps every token)",
     "min_p": "a number from 0 to 1",
-    "repetition_penalty": "a number above 0 (1 has no effect)",
+    "repetition_penalty": "a number from 0.01 to 100 (1 has no effect)",
     "seed": "a whole number from 0",
+}
+
+_LIMITS = {
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
 }
 
 
@@ -188,7 +206,5 @@ def _in_range(name: str, value: object) -> bool:
         return isinstance(value, (int, np.integer)) and int(value) >= 0
     if not isinstance(value, (int, float, np.integer, np.floating)):
         return False
-    number = float(value)
-    if name in ("top_p", "min_p"):
-        return 0 <= number <= 1
-    return math.isfinite(number) and (number > 0 or (number == 0 and name == "temperature"))
+    least, most = _LIMITS[name]
+    return bool(least <= value <= most)

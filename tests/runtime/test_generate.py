@@ -361,6 +361,30 @@ def test_a_batch_needs_prompts_and_known_options() -> None:
     with pytest.raises(InputError, match="no generation option 'tempreature'") as caught:
         generate_batch(fake(), ["abc"], tempreature=1)
     assert caught.value.hint == "did you mean 'temperature'?"
+    with pytest.raises(InputError, match="no generation option 'tempreature'") as caught:
+        generate(fake(), "abc", tempreature=1)
+    assert caught.value.hint == "did you mean 'temperature'?"
+
+
+@pytest.mark.parametrize("prompts", [None, 5, {"a": "b"}], ids=repr)
+def test_a_batch_is_a_list(prompts: Any) -> None:
+    with pytest.raises(InputError, match="prompts is a ") as caught:
+        generate_batch(fake(), prompts)
+    assert caught.value.hint == "pass a list of prompts"
+
+
+@pytest.mark.parametrize("held", [5, None, "ab", ["a"], [1.5], [[1], [1, 2]], [[1]]], ids=repr)
+def test_held_ids_are_a_list_of_ids(held: Any) -> None:
+    with pytest.raises(InputError, match="held is no list of token ids"):
+        generate(fake(), [5, 6], held=held)
+
+
+@pytest.mark.parametrize("ids", [VOCABULARY, [1, VOCABULARY], [-1]], ids=repr)
+def test_stop_tokens_are_in_the_vocabulary(ids: Any) -> None:
+    with pytest.raises(InputError, match=r"stop_token_ids has .*, the vocabulary is 0..256"):
+        generate(fake(), [5, 6], stop_token_ids=ids)
+    with pytest.raises(InputError, match=r"prompt 0: stop_token_ids has"):
+        generate_batch(fake(), [[5, 6]], stop_token_ids=ids)
 
 
 def test_a_bundle_that_is_no_language_model_is_refused() -> None:

@@ -130,6 +130,28 @@ def test_logits_are_not_changed() -> None:
     assert (logits == np.arange(8)).all()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-40, 1e-9, 100.0])
+@pytest.mark.parametrize("penalty", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("size", [1.0, 1e38])
+def test_extreme_values_choose_without_warnings(
+    temperature: float, penalty: float, size: float
+) -> None:
+    logits = np.array([-1.0, 3.0, 2.9, -np.inf], np.float32) * np.float32(size)
+    filters: dict[str, Any] = {"top_k": 3, "top_p": 0.9, "min_p": 0.01}
+    options = SamplingOptions(temperature=temperature, repetition_penalty=penalty, **filters)
+    greedy = Sampler(SamplingOptions(repetition_penalty=penalty))
+    token = Sampler(options, seed=0).pick(logits, [0, 1])
+    assert token != 3
+    if temperature < 1:
+        assert token == greedy.pick(logits, [0, 1])
+
+
+def test_where_nothing_is_allowed_the_logits_are_not_blamed() -> None:
+    with pytest.raises(InputError, match="none that is allowed"):
+        Sampler(SamplingOptions()).pick(np.ones(2, np.float32), [], np.zeros(2, bool))
+
+
 @pytest.mark.parametrize("logits", [[np.nan, 1.0], [-np.inf, -np.inf], [np.inf, 0.0]])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_are_an_error(logits: list[float], temperature: float) -> None:
@@ -155,6 +177,10 @@ def test_logits_that_are_not_finite_are_an_error(logits: list[float], temperatur
         ("repetition_penalty", 0),
         ("repetition_penalty", -1.0),
         ("repetition_penalty", None),
+        ("repetition_penalty", 1e-308),
+        ("repetition_penalty", 101),
+        ("temperature", 100.1),
+        pytest.param("temperature", 10**400, id="temperature-huge"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(name: str, value: Any) -> None:

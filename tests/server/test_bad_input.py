@@ -58,6 +58,8 @@ def test_a_malformed_body(server: Running, path: str, body: str | bytes) -> None
         ({"top_k": 1.5}, "top_k"),
         ({"min_p": 2}, "min_p"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-308}, "repetition_penalty"),
+        ({"temperature": 101}, "temperature"),
         ({"seed": -1}, "seed"),
         ({"seed": 1.5}, "seed"),
         ({"n": 0}, "n"),
