@@ -47,6 +47,7 @@ from hal.passes.pick_positions import PickPositions
 from hal.runtime import verification
 from hal.runtime.arrays import check_inputs
 from hal.runtime.cache_options import CacheOptions, parse_kv_cache
+from hal.runtime.saved_state import state_digest
 from hal.runtime.session import Session, find_build
 from hal.targets import ResolvedTarget, load_backend, resolve
 
@@ -125,6 +126,8 @@ def compile(
         _copy_assets(loaded.assets, folder)
         del loaded
         graph, digests = _write_graph(graph, folder)
+        if graph.state:
+            manifest.state_digest = state_digest(graph)
         _build_all(job, folder, manifest, graph, digests, reference)
         return finish(folder)
 

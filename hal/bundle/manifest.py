@@ -80,6 +80,7 @@ class Manifest(pydantic.BaseModel):
     weights: dict[str, int]
     passes: list[dict[str, Any]]
     samples: str | None = None
+    state_digest: str | None = None
     builds: dict[str, BuildRecord] = {}
     files: dict[str, FileRecord] = {}
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hal.cli._output import format_bytes, format_seconds, print_line, print_table
+from hal.ir.cache_plan import RECENT, CachePlan
 
 if TYPE_CHECKING:
     from hal.bundle.manifest import BuildRecord
@@ -40,6 +41,8 @@ def print_builds(builds: Mapping[str, BuildRecord]) -> None:
             print_line(
                 f"  host runtime runs {refused['count']} × {refused['op']}: {refused['reason']}"
             )
+        if record.cache is not None:
+            print_line(f"  {cache_text(record.cache)}")
         print_line(f"  {verification_text(record.verification)}")
 
 
@@ -49,9 +52,22 @@ def build_json(record: BuildRecord) -> dict[str, Any]:
         "backend": record.backend,
         "route": record.route,
         "placement": record.placement,
+        "cache": record.cache,
         "toolchain": record.toolchain,
         "verification": record.verification,
     }
+
+
+def cache_text(cache: Mapping[str, Any]) -> str:
+    """One line about how a build carries its cache."""
+    plan = CachePlan.from_json(cache)
+    width = f"int{plan.bits}" if plan.bits else "float32"
+    windows = sorted({g.window for g in plan.groups if g.window and g.name != "recent"})
+    parts = [f"cache: {plan.layout}, {width}, {plan.token_bytes():,} bytes per token"]
+    parts += [f"the last {w} positions only in layers with a window" for w in windows]
+    if any(g.name == "recent" for g in plan.groups):
+        parts.append(f"the newest {RECENT} positions in float32 too")
+    return "; ".join(parts)
 
 
 def verification_text(figures: Mapping[str, Any] | None) -> str:

@@ -8,18 +8,23 @@ any change. Nothing in it is executed when it is read.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from hal.bundle.files import checked_path
 from hal.errors import InputError
+from hal.ir import Graph
 
 if TYPE_CHECKING:
     from hal.runtime.session import Session
@@ -34,7 +39,7 @@ _KEY = "hal.state"
 class SavedState:
     """What a session carried.
 
-    ``model`` is the digest of the neutral graph and its weights. ``tokens`` says how many tokens
+    ``model`` is :func:`state_digest` of the model. ``tokens`` says how many tokens
     each row has seen, ``token_ids`` which ones, where that is known. ``arrays`` maps
     ``"<row>/<state>"`` to ``[heads, positions, channels]`` (or the state's own axes without the
     batch), and ``first`` to the position of its first entry: not 0 where a window has forgotten.
@@ -66,7 +71,7 @@ class SavedState:
         Raises:
             InputError: it cannot be written.
         """
-        goal = Path(path)
+        goal = checked_path(path, "state file")
         facts = {**self._facts(), "digest": self.digest()}
         data = save(
             {n: np.ascontiguousarray(a) for n, a in self.arrays.items()},
@@ -89,7 +94,9 @@ class SavedState:
         Raises:
             InputError: no such file, no state, a newer format, or one that is cut off or changed.
         """
-        name = Path(path)
+        name = checked_path(path, "state file")
+        if name.is_dir():
+            raise InputError(f"{name} is a folder, not a state file", "pass the file itself")
         if not name.is_file():
             raise InputError(f"there is no state file {name}", "check the path")
         try:
@@ -158,13 +165,9 @@ def import_state(session: Session, state: SavedState) -> None:
             f" {session.model_digest[:12]}…)",
             "load it into a bundle with the same weights that carries the same state",
         )
-    names = {item.name for item in session.states}
-    for index in range(len(state.tokens)):
-        missing = sorted(n for n in names if f"{index}/{n}" not in state.arrays)
-        if missing:
-            raise InputError(
-                f"the state has nothing for {missing[0]!r} of row {index}", "export it again"
-            )
+    names = [item.name for item in session.states]
+    for index, tokens in enumerate(state.tokens):
+        _check_row(session, state, index, tokens)
     session.reset()
     for index, tokens in enumerate(state.tokens):
         own = {
@@ -172,3 +175,55 @@ def import_state(session: Session, state: SavedState) -> None:
             for name in names
         }
         session.add_row(tokens, own)
+
+
+def _check_row(session: Session, state: SavedState, index: int, tokens: int) -> None:
+    """Refuse a row whose arrays do not have the shapes that the model carries."""
+    limit = session.bundle.manifest.metadata.get("max_positions")
+    if tokens < 0 or (limit is not None and tokens > limit):
+        raise InputError(
+            f"the state has {tokens} tokens in row {index}, the model has {limit} positions",
+            "export it again",
+        )
+    records = {record["name"]: record for record in session.bundle.manifest.state}
+    for item in session.states:
+        key, dims = f"{index}/{item.name}", records[item.name]["dims"]
+        array, first = state.arrays.get(key), state.first.get(key)
+        if array is None or first is None:
+            raise InputError(
+                f"the state has nothing for {item.name!r} of row {index}", "export it again"
+            )
+        wanted = [
+            tokens - first if axis == item.growth_axis else dim
+            for axis, dim in enumerate(dims)
+            if item.axes[axis] != "batch"
+        ]
+        if not 0 <= first <= tokens or list(array.shape) != wanted:
+            raise InputError(
+                f"the state has {list(array.shape)} for {item.name!r} of row {index}, expected"
+                f" {wanted}",
+                "export it again",
+            )
+
+
+def state_digest(graph: Graph) -> str:
+    """Names a model by its weights and by what it carries, SHA-256 as hexadecimal digits.
+
+    Neither the order of nodes nor names that a compilation makes up have a part in it, so that
+    compiling the same model again, for other targets or layouts, gives the same.
+    """
+
+    def of(tensor: ir.TensorProtocol) -> str:
+        array = np.ascontiguousarray(tensor.numpy())
+        digest = hashlib.sha256(f"{tensor.dtype.name} {array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8))
+        return digest.hexdigest()
+
+    tensors = [v.const_value for v in graph.graph.initializers.values()]
+    weights = [t for t in tensors if t is not None and t.dtype.is_floating_point() and t.size]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        digests = sorted(set(pool.map(of, weights)))
+    specs = graph.input_specs()
+    carried = [[*dataclasses.astuple(s), str(specs[s.input])] for s in graph.state]
+    facts = json.dumps([digests, sorted(carried, key=str)], default=list)
+    return hashlib.sha256(facts.encode()).hexdigest()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from hal.bundle.manifest import GRAPH
 from hal.descriptor import parse
 from hal.errors import InputError, TargetError, did_you_mean
 from hal.ir import Dim, State, TensorSpec
@@ -203,7 +200,7 @@ class Session:
         lengths: Sequence[int] | None,
         logits: Logits,
     ) -> dict[str, Any]:
-        counts = [length] * len(rows) if lengths is None else [int(n) for n in lengths]
+        counts = [length] * len(rows) if lengths is None else _whole_numbers(lengths)
         if len(counts) != len(rows) or not all(0 <= n <= length for n in counts):
             raise InputError(
                 f"lengths {counts} do not fit a batch of {len(rows)} rows of {length} tokens",
@@ -245,7 +242,12 @@ class Session:
     def _batch_and_length(self, arrays: Mapping[str, Any]) -> tuple[int, int]:
         first = self.inputs[0]
         array = arrays[first.name]
-        return int(array.shape[0]), int(array.shape[1]) if array.ndim > 1 else 1
+        batch, length = int(array.shape[0]), int(array.shape[1]) if array.ndim > 1 else 1
+        if not batch or not length:
+            raise InputError(
+                f"input {first.name!r} is empty: {list(array.shape)}", "pass at least one token"
+            )
+        return batch, length
 
     def reset(self) -> None:
         """Forget the carried state; the next call starts at position 0."""
@@ -260,6 +262,13 @@ class Session:
             InputError: a row holds fewer; some state is of fixed size, which cannot be taken back;
                 or a sliding window has forgotten what that needs.
         """
+        if not is_whole(length):
+            raise InputError(f"trim({length!r}) is no length", "pass a whole number of tokens")
+        if not self._rows and length:
+            raise InputError(
+                f"the state holds 0 tokens, it cannot be trimmed to {length}",
+                "run the session first",
+            )
         for row in self._rows:
             self._state.trim(row, length)
 
@@ -309,10 +318,8 @@ class Session:
 
     @property
     def model_digest(self) -> str:
-        """Names the neutral graph and its weights: bundles that carry the same state share it."""
-        files = self.bundle.manifest.files
-        facts = {n: r.sha256 for n, r in files.items() if n == GRAPH or n.startswith("weights-")}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        """Names the weights and what is carried: bundles that can exchange states share it."""
+        return self.bundle.manifest.state_digest or ""
 
     def export_state(self, token_ids: Sequence[Sequence[int]] | None = None) -> SavedState:
         """The carried state in a form that no build or layout shows in.
@@ -401,6 +408,20 @@ class Session:
 
     def __iter__(self) -> Iterator[Any]:
         raise TypeError("a Session is not iterable; call it, or use session.generate(...)")
+
+
+def is_whole(number: object) -> bool:
+    """True for integers, NumPy's included, and not for booleans."""
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+
+
+def _whole_numbers(lengths: object) -> list[int]:
+    listed = isinstance(lengths, (list, tuple, np.ndarray)) and np.ndim(lengths) == 1
+    if not listed or not all(is_whole(n) for n in lengths):  # type: ignore[attr-defined]
+        raise InputError(
+            f"lengths={lengths!r} is no list of whole numbers", "give one length for each row"
+        )
+    return [int(n) for n in lengths]  # type: ignore[attr-defined]
 
 
 def _in_layout(plan: CachePlan | None, layout: str, target: str) -> CachePlan:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 import hal
 from hal import InputError
 from hal.runtime.saved_state import SavedState
+from tests import models
 from tests.compiler.support import ROUTE
 
 IDS = np.array([[5, 9, 7, 3, 8]])
@@ -67,6 +70,72 @@ def test_a_state_of_another_model_is_refused(language_model: Compiled, memory: h
     session = memory.session()
     with pytest.raises(InputError, match="belongs to another model"):
         session.import_state(said(bundle).export_state())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"tokens": (999,)}, id="more than positions"),
+        pytest.param({"tokens": (-3,)}, id="less than none"),
+        pytest.param({"tokens": (4,)}, id="other than arrays hold"),
+        pytest.param({"first": {"0/0.key": 1, "0/0.value": 0}}, id="another start"),
+        pytest.param({"arrays": {}}, id="nothing"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(
+    language_model: Compiled, change: dict[str, Any]
+) -> None:
+    _, bundle = language_model
+    session = said(bundle)
+    state = dataclasses.replace(session.export_state(), **change)
+    with pytest.raises(InputError, match="row 0"):
+        session.import_state(state)
+    assert session.position == IDS.shape[1]
+
+
+@pytest.mark.parametrize("value", [None, 5, {}, b"", "", []])
+def test_what_is_no_state_is_refused(language_model: Compiled, value: Any) -> None:
+    session = language_model[1].session()
+    with pytest.raises(InputError):
+        session.import_state(value)
+    with pytest.raises(InputError):
+        SavedState.load(value)
+
+
+@pytest.mark.parametrize("length", [1.5, "2", None, [1], True, -1, 6])
+def test_a_session_is_trimmed_to_whole_lengths_only(language_model: Compiled, length: Any) -> None:
+    session = said(language_model[1])
+    with pytest.raises(InputError):
+        session.trim(length)
+    assert session.position == IDS.shape[1]
+    session.reset()
+    with pytest.raises(InputError):
+        session.trim(5)
+
+
+@pytest.mark.parametrize("lengths", [3, "ab", [[3]], [1.5], ["3"], [True], [], [6], [-1], [1, 1]])
+def test_lengths_that_are_none_are_refused(language_model: Compiled, lengths: Any) -> None:
+    session = language_model[1].session()
+    with pytest.raises(InputError, match="length"):
+        session.run({"input_ids": IDS}, lengths=lengths)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 0)])
+def test_nothing_to_run_is_refused(language_model: Compiled, shape: tuple[int, int]) -> None:
+    session = language_model[1].session()
+    with pytest.raises(InputError, match="empty"):
+        session.run({"input_ids": np.zeros(shape, np.int64)})
+
+
+def test_a_model_compiled_again_takes_the_state(language_model: Compiled, tmp_path: Path) -> None:
+    _, bundle = language_model
+    folder = models.save("llama", tmp_path, num_hidden_layers=1)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    again = hal.compile(folder, target=ROUTE, kv_cache="expanded,paged", verify=False)
+    assert again.session().model_digest == bundle.session().model_digest
+    changed = models.save("llama", tmp_path / "other", num_hidden_layers=1, head_dim=8)
+    other = hal.compile(changed, target=ROUTE, verify=False)
+    assert other.session().model_digest != bundle.session().model_digest
 
 
 def test_ids_that_do_not_fit_are_refused(language_model: Compiled) -> None:
