@@ -216,7 +216,7 @@ def state_digest(graph: Graph) -> str:
     def of(tensor: ir.TensorProtocol) -> str:
         array = np.ascontiguousarray(tensor.numpy())
         digest = hashlib.sha256(f"{tensor.dtype.name} {array.shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
+        digest.update(array.reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
     tensors = [v.const_value for v in graph.graph.initializers.values()]
