@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hal.cli._output import format_bytes, format_seconds, print_line, print_table
-from hal.ir.cache_plan import RECENT, CachePlan
 
 if TYPE_CHECKING:
     from hal.bundle.manifest import BuildRecord
@@ -60,6 +59,8 @@ def build_json(record: BuildRecord) -> dict[str, Any]:
 
 def cache_text(cache: Mapping[str, Any]) -> str:
     """One line about how a build carries its cache."""
+    from hal.ir.cache_plan import RECENT, CachePlan
+
     plan = CachePlan.from_json(cache)
     width = f"int{plan.bits}" if plan.bits else "float32"
     windows = sorted({g.window for g in plan.groups if g.window and g.name != "recent"})
