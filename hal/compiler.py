@@ -119,6 +119,7 @@ def compile(
         reference = job.reference(lambda: verification.reference_for(graph, samples))
         job.say("running the passes")
         graph, reports = default_pipeline(targets[0].descriptor, options.carry).run(graph)
+        _check_cache(graph, kv_cache, options)
         job.say("writing the weights")
         manifest = _describe(graph, {"model": loaded.source}, [r.to_json() for r in reports])
         if isinstance(reference, verification.Reference):
@@ -143,8 +144,13 @@ def retarget(
     progress: Progress | None = None,
 ) -> Bundle:
     """See :meth:`hal.Bundle.retarget`."""
-    targets = check_options(target, None, kv_cache or "auto")
-    options = parse_kv_cache(kv_cache) if kv_cache else _layout_of(bundle)
+    targets = check_options(target, None, "auto" if kv_cache is None else kv_cache)
+    options = _layout_of(bundle) if kv_cache is None else parse_kv_cache(kv_cache)
+    if options.carry != "auto":
+        raise InputError(
+            f"kv_cache={kv_cache!r}: what a bundle carries was decided when it was compiled",
+            "give only how (contiguous, paged, int8, int4), or compile the model again",
+        )
     job = _Job(targets, verify, fallback, options, progress or (lambda _: None))
     with bundle_writer(output) as (folder, finish):
         job.say("copying the neutral graph and weights")
@@ -153,6 +159,8 @@ def retarget(
         unpack(bundle.files, folder, skip=_not_neutral)
         known = {n: r for n, r in manifest.files.items() if not _not_neutral(n)}
         graph = load_graph(BundleFiles.open(folder))
+        if kv_cache is not None:
+            _check_cache(graph, kv_cache, options)
         reference = job.reference(lambda: _reference_of(bundle, graph))
         _build_all(job, folder, manifest, graph, known, reference)
         return finish(folder)
@@ -242,6 +250,20 @@ def _lowered(graph: Graph, options: CacheOptions) -> Graph:
     grows = any(state.growth_axis is not None for state in graph.state)
     passes = (PickPositions(), layout) if grows else (PickPositions(),)
     return Pipeline("lowering", passes).run(graph)[0]
+
+
+def _check_cache(graph: Graph, kv_cache: str, options: CacheOptions) -> None:
+    """Refuse a layout or width for a cache that there is not.
+
+    Raises:
+        InputError: one is asked for, and no state of the graph grows.
+    """
+    asked = options.layout is not None or options.bits is not None
+    if asked and all(state.growth_axis is None for state in graph.state):
+        raise InputError(
+            f"kv_cache={kv_cache!r}: the model carries no cache that grows with its text",
+            "leave it out: it is for language models",
+        )
 
 
 def _layout_of(bundle: Bundle) -> CacheOptions:

@@ -87,6 +87,7 @@ class Bundle:
 
         Raises:
             TargetError, UnsupportedError, CheckFailed: as :func:`hal.compile`.
+            InputError: ``kv_cache`` says what to carry, or the model carries no cache.
         """
         from hal.compiler import retarget
 

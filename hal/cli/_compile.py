@@ -35,6 +35,15 @@ Explain = Annotated[
 NoVerify = Annotated[
     bool, typer.Option("--no-verify", help="Do not run the builds against the reference.")
 ]
+KvCache = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache",
+        metavar="WORDS",
+        help="What a language model carries (auto, latent, expanded, exported; set by compile) "
+        "and how (contiguous, paged, int8, int4); combine with commas.",
+    ),
+]
 NoFallback = Annotated[
     bool,
     typer.Option("--no-fallback", help="Fail, with the list, if the target refuses any node."),
@@ -61,15 +70,7 @@ def compile_command(
         list[str] | None,
         typer.Option("--dynamic", metavar="NAME:AXIS=SYM", help="A free axis; repeatable."),
     ] = None,
-    kv_cache: Annotated[
-        str,
-        typer.Option(
-            "--kv-cache",
-            metavar="WORDS",
-            help="What a language model carries (auto, latent, expanded, exported) and how "
-            "(contiguous, paged, int8, int4); combine with commas.",
-        ),
-    ] = "auto",
+    kv_cache: KvCache = None,
     explain: Explain = False,
     no_verify: NoVerify = False,
     no_fallback: NoFallback = False,
@@ -90,7 +91,7 @@ def compile_command(
             target=target or ["host"],
             output=output,
             dynamic=free or None,
-            kv_cache=kv_cache,
+            kv_cache="auto" if kv_cache is None else kv_cache,
             verify=not no_verify,
             fallback=not no_fallback,
             progress=say,
@@ -105,6 +106,7 @@ def retarget_command(
         typer.Option("--target", "-t", metavar="NAME[:ROUTE]", help="The new target; repeatable."),
     ],
     output: Output,
+    kv_cache: KvCache = None,
     no_verify: NoVerify = False,
     no_fallback: NoFallback = False,
     json: Json = False,
@@ -114,7 +116,13 @@ def retarget_command(
     start = time.perf_counter()
     with progress(quiet=json) as say:
         say(f"building for {', '.join(target)}")
-        result = source.retarget(target, output, verify=not no_verify, fallback=not no_fallback)
+        result = source.retarget(
+            target,
+            output,
+            kv_cache=kv_cache,
+            verify=not no_verify,
+            fallback=not no_fallback,
+        )
     _print_result(result, time.perf_counter() - start, False, json)
 
 

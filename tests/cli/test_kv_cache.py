@@ -5,8 +5,9 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
+import hal
 from hal.ir import Graph
-from tests.cli.conftest import Hal
+from tests.cli.conftest import Hal, write_model
 from tests.passes import cache_toys as toys
 
 
@@ -33,6 +34,36 @@ def test_inspect_and_explain_show_what_is_carried_and_what_else_was_possible(
     assert [(x["form"], x["bytes"], x["bytes_exported"]) for x in found] == [("latent", 64, 320)]
     assert [c["op"] for c in found[0]["cut"]] == ["Reshape", "RotaryEmbedding"]
     assert {o["form"]: o["bytes"] for o in found[0]["alternatives"]}["expanded"] == 320
+
+
+def test_retarget_changes_how_the_cache_is_carried_but_not_what(
+    hal_command: Hal, tmp_path: Path
+) -> None:
+    model, bundle = written(toys.plain(rope=True), tmp_path), tmp_path / "d.hal"
+    start = ("-t", "host:onnxruntime", "--no-verify", "-o")
+    assert hal_command("compile", model, *start, bundle).code == 0
+    other = tmp_path / "other.hal"
+    result = hal_command("retarget", bundle, *start, other, "--kv-cache", "paged,int8")
+    assert result.code == 0, result.err
+    cache = hal.load(other).manifest.builds["host:onnxruntime"].cache
+    assert (cache["layout"], cache["bits"]) == ("paged", 8)
+    for words, message in (("latent", "was decided when it was compiled"), ("", "unknown value")):
+        result = hal_command("retarget", bundle, *start, other, "--kv-cache", words)
+        assert result.code == 2
+        assert message in result.err
+
+
+@pytest.mark.parametrize("words", ["paged", "int8", "contiguous"])
+def test_a_model_without_a_cache_has_no_layout_of_it(
+    hal_command: Hal, bundle: Path, tmp_path: Path, words: str
+) -> None:
+    model, output = write_model(tmp_path / "m.onnx"), tmp_path / "o.hal"
+    rest = ("-t", "host:onnxruntime", "-o", output, "--kv-cache", words)
+    for command in (("compile", model), ("retarget", bundle)):
+        result = hal_command(*command, *rest)
+        assert result.code == 2
+        assert "the model carries no cache" in result.err
+        assert not output.exists()
 
 
 @pytest.mark.parametrize(
