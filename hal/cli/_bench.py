@@ -174,8 +174,8 @@ def _cases(
         )
     cases = tuple(
         Case(context, prompt)
-        for context in sorted(_numbers("--context", contexts or "0", 0))
-        for prompt in _numbers("--prompt-tokens", prompts or "32", 1)
+        for context in sorted(_numbers("--context", "0" if contexts is None else contexts, 0))
+        for prompt in _numbers("--prompt-tokens", "32" if prompts is None else prompts, 1)
     )
     positions = bundle.manifest.metadata.get("max_positions")
     longest = max(case.context + case.prompt_tokens for case in cases) + steps

@@ -13,6 +13,7 @@ from hal.cli._output import format_bytes, format_seconds, print_facts, print_jso
 from hal.errors import InputError
 
 if TYPE_CHECKING:
+    from hal.runtime.chat import ChatTemplate
     from hal.runtime.generate import Generated
     from hal.runtime.session import Session
 
@@ -86,55 +87,102 @@ def _resume(session: Session, file: Path, task: Task) -> Generated:
     """
     from hal.runtime.tokenizer import Tokenizer
 
+    held = _imported(session, file)
+    tokenizer = Tokenizer.from_bundle(session.bundle.files)
+    more = tokenizer.encode(task.prompt or "", add_special_tokens=False)
+    return session.generate([*held, *more], held=held, as_text=True, **task.options)
+
+
+def _imported(session: Session, file: Path) -> list[int]:
+    """Load a saved state; the token ids that it holds.
+
+    Raises:
+        InputError: the state is of another model, damaged, of several rows or without token ids.
+    """
     state = session.import_state(file)
     if state.token_ids is None or len(state.token_ids) != 1:
         raise InputError(
             f"{file} does not hold one sequence with its token ids", "save it with hal run"
         )
-    held = list(state.token_ids[0])
-    tokenizer = Tokenizer.from_bundle(session.bundle.files)
-    more = tokenizer.encode(task.prompt or "", add_special_tokens=False)
-    return session.generate([*held, *more], held=held, as_text=True, **task.options)
+    return list(state.token_ids[0])
 
 
 def _save(session: Session, steps: Generated, file: Path) -> None:
     """Save the state after the whole text; a token that only ended it is left out."""
     import numpy as np
 
-    ids = steps.held_ids
-    if steps.finish_reason == "length":
-        session.run({session.inputs[0].name: np.array([steps.token_ids[-1:]], np.int64)})
-        ids = [*ids, steps.token_ids[-1]]
+    ids = _said(steps)
+    if len(ids) > len(steps.held_ids):
+        session.run({session.inputs[0].name: np.array([ids[-1:]], np.int64)})
     session.export_state([ids]).save(file)
+
+
+def _said(steps: Generated) -> list[int]:
+    """The ids of prompt and text, without a token that only ended it."""
+    if steps.finish_reason == "length":
+        return [*steps.prompt_ids, *steps.token_ids]
+    return steps.held_ids
 
 
 def _chat(session: Session, task: Task) -> None:
     """Answer message by message. What the state holds of the conversation is not run again.
 
+    A saved state holds tokens, not messages: a conversation that goes on from one is continued by
+    what the template puts after an answer.
+
     Raises:
-        InputError: the bundle has no chat template, or the conversation outgrows the model.
+        InputError: the bundle has no chat template, the conversation outgrows the model, a state
+            cannot be loaded, or no message came that a state could be saved of.
     """
     from hal.runtime.chat import ChatTemplate
 
-    ChatTemplate.from_bundle(session.bundle.files)  # before anybody types a message
+    template = ChatTemplate.from_bundle(session.bundle.files)  # before anybody types a message
     messages: list[dict[str, str]] = []
     if task.system is not None:
         messages.append({"role": "system", "content": task.system})
     turns: list[dict[str, Any]] = []
-    held: list[int] = []
+    held = [] if task.load_state is None else _imported(session, task.load_state)
+    said, steps = held, None
     for line in _messages(task):
         messages.append({"role": "user", "content": line})
-        steps = session.generate(messages, held=held, **task.options)
+        prompt: Any = messages
+        if task.load_state is not None:
+            prompt = [*said, *_next_message(session, template, line)]
+        steps = session.generate(prompt, held=held, as_text=True, **task.options)
         text = _stream(steps, quiet=task.json)
-        held = steps.held_ids
+        held, said = steps.held_ids, _said(steps)
         messages.append({"role": "assistant", "content": text})
         turns.append(statistics(session, steps))
         if not task.json:
             print_line()
             if task.stats:
                 _print_statistics(turns[-1])
+    if task.save_state is not None:
+        if steps is None:
+            raise InputError("no message came, so there is no state to save", "type one")
+        _save(session, steps, task.save_state)
     if task.json:
         print_json({"target": session.target, "messages": messages, "turns": turns})
+
+
+def _next_message(session: Session, template: ChatTemplate, text: str) -> list[int]:
+    """Token ids of what follows an answer: its end, the user's next message, the next opening.
+
+    Raises:
+        InputError: the template does not show the answer as it is, so its end cannot be found.
+    """
+    from hal.runtime.tokenizer import Tokenizer
+
+    mark = "hal-answer-ends-here"
+    turns = [("user", "x"), ("assistant", mark), ("user", text)]
+    whole = template.render([{"role": role, "content": content} for role, content in turns])
+    _, found, rest = whole.partition(mark)
+    if not found:
+        raise InputError(
+            "the model's chat template hides earlier answers, so a saved state cannot go on",
+            "leave out --chat or --load-state",
+        )
+    return Tokenizer.from_bundle(session.bundle.files).encode(rest, add_special_tokens=False)
 
 
 def _messages(task: Task) -> Iterator[str]:

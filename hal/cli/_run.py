@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json as json_module
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -107,10 +108,18 @@ def run_command(
         )
     if system is not None and not chat:
         raise InputError("--system is given without --chat", "add --chat, or leave it out")
-    if (load_state or save_state) and (chat or not generates):
+    _check_combination(
+        generates,
+        {"--input": inputs, "--random-inputs": random_inputs, "--dim": dim, "--output": output},
+        {"--save-state": save_state},
+    )
+    if system is not None and load_state is not None:
         raise InputError(
-            "--load-state and --save-state are for text that is continued", "use them with --prompt"
+            "--system is given for a conversation that goes on", "it belongs at its beginning"
         )
+    for option, file in (("--save-state", save_state), ("--output", output)):
+        if file is not None:
+            _check_place(option, file)
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -136,6 +145,38 @@ def run_command(
     if output is not None:
         write_arrays(output, outputs)
     _print_outputs(name, outputs, output, json)
+
+
+def _check_combination(
+    generates: bool, for_arrays: Mapping[str, object], for_text: Mapping[str, object]
+) -> None:
+    """Refuse options that would have no effect.
+
+    Raises:
+        InputError: text is generated and an option is for arrays, or the other way round.
+    """
+    kind = "generating text" if generates else "a run on arrays"
+    for option, value in (for_arrays if generates else for_text).items():
+        if value:
+            raise InputError(f"{option} has no effect on {kind}", "leave it out")
+
+
+def _check_place(option: str, file: Path) -> None:
+    """Refuse a file that cannot be written, before the work.
+
+    Raises:
+        InputError: its folder is missing or read-only, or it is a folder itself.
+    """
+    if file.is_dir():
+        raise InputError(f"{option}: cannot write {file}: it is a folder", "name a file")
+    if not file.parent.is_dir():
+        raise InputError(
+            f"{option}: cannot write {file}: there is no folder {file.parent}", "make it first"
+        )
+    if not os.access(file.parent, os.W_OK):
+        raise InputError(
+            f"{option}: cannot write {file}: its folder is read-only", "choose another place"
+        )
 
 
 def _response_format(file: Path) -> dict[str, Any]:

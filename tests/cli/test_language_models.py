@@ -107,8 +107,48 @@ def test_a_text_is_continued_from_a_saved_state(
     result = hal_command("run", chat, "--load-state", state)
     assert result.code == 2
     assert "is no state file, or it is damaged" in result.err
+
+
+def test_a_chat_goes_on_from_a_saved_state(
+    hal_command: Hal, chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = ["--chat", "--max-new-tokens", 5, "--json"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nAnd now?\n"))
+    whole = hal_command("run", chat, *short).json
+    state = tmp_path / "a.state"
+    first = hal_command("run", chat, *short, "--prompt", "Hello", "--save-state", state)
+    assert first.code == 0, first.err
+    more = ["--prompt", "And now?", "--load-state", state, "--save-state", state]
+    second = hal_command("run", chat, *short, *more).json
+    assert second["turns"][0]["reused_tokens"] == whole["turns"][0]["prompt_tokens"] + 5
+    assert second["messages"][-1] == whole["messages"][-1]
+    result = hal_command("run", chat, "--chat", "--load-state", state, "--system", "x")
+    assert "--system is given for a conversation that goes on" in result.err
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
     result = hal_command("run", chat, "--chat", "--save-state", state)
-    assert "--load-state and --save-state are for text" in result.err
+    assert result.err.startswith("error: no message came")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "x", "-o", "f.npz"], "--output has no effect on generating text"),
+        (["--prompt", "x", "--random-inputs"], "--random-inputs has no effect on generating"),
+        (["--prompt", "x", "-i", "x=x.npy"], "--input has no effect on generating text"),
+        (["--prompt", "x", "--dim", "a=1"], "--dim has no effect on generating text"),
+        (["--random-inputs", "--save-state", "x"], "--save-state has no effect on a run"),
+        (["--prompt", "x", "--save-state", "none/x"], "--save-state: cannot write none/x"),
+        (["--prompt", "x", "--save-state", "."], "--save-state: cannot write .: it is"),
+        (["--random-inputs", "-o", "none/x.npz"], "--output: cannot write none/x.npz"),
+    ],
+)
+def test_options_without_effect_and_places_that_cannot_be_written_are_refused_at_once(
+    hal_command: Hal, chat: Path, options: list[str], message: str
+) -> None:
+    result = hal_command("run", chat, *options)
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.startswith(f"error: {message}")
 
 
 def test_text_keeps_to_a_schema_in_a_file(hal_command: Hal, chat: Path, tmp_path: Path) -> None:
@@ -181,6 +221,8 @@ def test_bench_measures_every_context_with_every_prompt(hal_command: Hal, chat: 
     [
         (["--context", "a"], "--context 'a' is not a list of whole numbers from 0"),
         (["--prompt-tokens", "0"], "--prompt-tokens '0' is not a list of whole numbers from 1"),
+        (["--prompt-tokens", ""], "--prompt-tokens '' is not a list of whole numbers from 1"),
+        (["--context", ""], "--context '' is not a list of whole numbers from 0"),
         (["--prompt-tokens", "1,,2"], "--prompt-tokens '1,,2' is not a list"),
         (["--context", "8,250"], "context, prompt and new tokens are 302 together, the model has"),
     ],
