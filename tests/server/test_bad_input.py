@@ -88,6 +88,12 @@ def test_bad_parameters(server: Running, change: dict[str, Any], param: str) -> 
         assert error["param"] == param
 
 
+def test_values_at_the_ends_of_their_ranges(server: Running) -> None:
+    for change in ({"temperature": 1e-300}, {"temperature": 100}, {"repetition_penalty": 0.01}):
+        body = {"model": "tiny", "prompt": "Hello", "max_tokens": 4, "temperature": 1, **change}
+        assert server.post(PLAIN, body).status_code == 200
+
+
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", "1" * 5000])
 def test_numbers_that_are_none(server: Running, value: str) -> None:
     body = f'{{"model": "tiny", "prompt": "x", "temperature": {value}}}'
