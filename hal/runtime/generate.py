@@ -261,7 +261,8 @@ def generate_batch(session: Session, prompts: Iterable[Prompt], **options: Any) 
         )
     if isinstance(prompts, str):
         raise InputError("prompts is one text", "pass a list of prompts, or use generate()")
-    if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
+    given: Any = prompts
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
         raise InputError(f"prompts is a {type(prompts).__name__}", "pass a list of prompts")
     listed = list(prompts)
     if not listed:
