@@ -114,6 +114,7 @@ def listing(folder: Path) -> Mapping[str, bytes | None]:
     return {
         str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
         for p in sorted(folder.rglob("*"))
+        if "__pycache__" not in p.parts  # Python's own, made by an import
     }
 
 

@@ -114,9 +114,12 @@ def test_a_full_and_a_read_only_file_system_are_told(tmp_path: Path) -> None:
 # -- interruption -----------------------------------------------------------------------------
 
 INTERRUPTED = """
-import sys, threading
+import signal, sys, threading
 import hal.compiler
 from hal.cli import main
+
+# A shell that runs this in the background has it ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def wait(*_, **__):
     print("building", flush=True)
