@@ -33,6 +33,7 @@ FORMAT = 1
 """Version of the file's metadata."""
 
 _KEY = "hal.state"
+_PART = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,9 +215,17 @@ def state_digest(graph: Graph) -> str:
     """
 
     def of(tensor: ir.TensorProtocol) -> str:
-        array = np.ascontiguousarray(tensor.numpy())
-        digest = hashlib.sha256(f"{tensor.dtype.name} {array.shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
+        digest = hashlib.sha256(f"{tensor.dtype.name} {tensor.shape.numpy()}".encode())
+        if not isinstance(tensor, ir.ExternalTensor):
+            digest.update(tensor.tobytes())
+            return digest.hexdigest()
+        # Read, not mapped: pages of a mapping would count as this process's memory.
+        left = tensor.nbytes
+        with Path(tensor.path).open("rb") as file:
+            file.seek(tensor.offset or 0)
+            while left and (part := file.read(min(left, _PART))):
+                digest.update(part)
+                left -= len(part)
         return digest.hexdigest()
 
     tensors = [v.const_value for v in graph.graph.initializers.values()]
