@@ -13,7 +13,17 @@ import onnx_ir as ir
 from hal.errors import InputError
 from hal.ir import HAL_DOMAIN, Graph, State
 from hal.ir.cache_ops import CACHE_WRITE, CACHED_ATTENTION
-from hal.ir.cache_plan import BLOCK, PAST, PLAN_KEY, RECENT, CacheGroup, CachePlan, CachePool
+from hal.ir.cache_plan import (
+    BLOCK,
+    PAST,
+    PLAN_KEY,
+    RECENT,
+    SMALLEST_SCALE,
+    TOP,
+    CacheGroup,
+    CachePlan,
+    CachePool,
+)
 from hal.ir.ops import ensure_functions
 from hal.passes._edit import Editor, attribute, dim, ints, producer, remove_unused
 from hal.passes._program import program_of
@@ -130,11 +140,6 @@ class _Stored:
     scales: ir.Value | None
 
 
-def kv_top(bits: int) -> float:
-    """The largest code of a width."""
-    return 127.0 if bits == 8 else 7.0
-
-
 class _Lowering:
     """One graph being lowered; the order of the steps is that of :meth:`run`."""
 
@@ -161,7 +166,7 @@ class _Lowering:
         grown = {p.state for p in pools}
         self.graph.state = tuple(s for s in self.graph.state if s.name not in grown)
         remove_unused(self.graph)
-        self._drop_inputs({p.input for p in pools})
+        self._drop_inputs()
         ensure_functions(self.graph.model)
         return CachePlan(
             self.layout, self.bits, not self._longest.uses(), tuple(self.groups.values()),
@@ -342,7 +347,7 @@ class _Lowering:
 
     def _quantized(self, x: ir.Value, bits: int, block: int) -> tuple[ir.Value, ir.Value]:
         """Codes and scales: the largest magnitude in a block of channels gets the largest code."""
-        edit, top = self.edit, kv_top(bits)
+        edit, top = self.edit, TOP[bits]
         assert x.shape is not None
         channels = x.shape[3]
         assert isinstance(channels, int)
@@ -354,7 +359,9 @@ class _Lowering:
         size = self._typed("Abs", [apart], blocks, ranks)
         peak = self._typed("ReduceMax", [size, last], rows, ranks, {"keepdims": 0})
         ratio = self._typed("Div", [peak, edit.constant(np.float32(top))], rows, ranks)
-        ratio = self._typed("Max", [ratio, edit.constant(np.float32(6e-8), "tiny")], rows, ranks)
+        ratio = self._typed(
+            "Max", [ratio, edit.constant(np.float32(SMALLEST_SCALE), "tiny")], rows, ranks
+        )
         half = ir.TensorType(ir.DataType.FLOAT16)
         scale = self._typed("Cast", [ratio], rows, half, {"to": ir.DataType.FLOAT16.value})
         wide = self._typed("Cast", [scale], rows, ranks, {"to": ir.DataType.FLOAT.value})
@@ -434,7 +441,7 @@ class _Lowering:
         self.inputs[name] = value
         return value
 
-    def _drop_inputs(self, kept: set[str]) -> None:
+    def _drop_inputs(self) -> None:
         inputs = self.graph.graph.inputs
         gone = [v for v in inputs if (v.name or "").endswith("_grown") and not v.uses()]
         for value in gone:

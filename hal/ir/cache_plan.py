@@ -24,6 +24,12 @@ FIXED_KEY = "cache_fixed"
 PAST = "hal.past"
 """Input int64 [batch]: tokens that each row has seen."""
 
+TOP = {8: 127.0, 4: 7.0}
+"""The largest code of each width."""
+
+SMALLEST_SCALE = 6e-8
+"""The smallest number above zero that float16 has."""
+
 RECENT = 64
 """Newest positions that a 4-bit cache also keeps in float32.
 

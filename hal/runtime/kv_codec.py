@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-TOP = {8: 127.0, 4: 7.0}
-"""The largest code of each width."""
-
-TINY = 6e-8
-"""Smallest scale: the smallest number above zero that float16 has."""
+from hal.ir.cache_plan import SMALLEST_SCALE, TOP
 
 
 def encode(array: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -23,7 +19,7 @@ def encode(array: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.nda
         return array, None
     top = np.float32(TOP[bits])
     blocks = array.reshape(*array.shape[:-1], array.shape[-1] // block, block)
-    scale = np.maximum(np.abs(blocks).max(-1) / top, np.float32(TINY)).astype(np.float16)
+    scale = np.maximum(np.abs(blocks).max(-1) / top, np.float32(SMALLEST_SCALE)).astype(np.float16)
     codes = np.round(blocks / scale.astype(np.float32)[..., None]).clip(-top, top)
     codes = codes.reshape(array.shape)
     if bits == 8:
