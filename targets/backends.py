@@ -78,7 +78,8 @@ def check_routes(descriptor: Descriptor, source: str) -> None:
 def code_digest() -> str:
     """Digest of the code that makes builds, so that a development tree never gets a stale one."""
     digest = hashlib.sha256()
-    for name in ("hal.targets", "hal.kernels"):
+    # hal.passes too: how a build carries its state is lowered there.
+    for name in ("hal.passes", "hal.targets", "hal.kernels"):
         for folder in importlib.import_module(name).__path__:
             for path in sorted(Path(folder).rglob("*.py")):
                 digest.update(path.read_bytes())
