@@ -69,6 +69,9 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     }
     cases = [(key, c, b) for b in arguments.batch for c in arguments.context for key in sessions]
     seconds: dict[Any, list[float]] = {case: [] for case in cases}
+    for session in sessions.values():  # A route may load weights anew for batches.
+        fill(session, max(arguments.batch), 16)
+        step_seconds(session, max(arguments.batch), 10)
     for _ in range(arguments.rounds):
         for case in cases:
             key, context, batch = case

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -17,12 +18,12 @@ from hal.ir.ops import ensure_functions
 from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
 from hal.targets.onnxruntime.kernels import kernel_table
 from hal.targets.onnxruntime.legalize import assess, legalize, uncovered
-from hal.targets.onnxruntime.session import OnnxRuntimeExecutable, open_session
-from hal.targets.onnxruntime.weights import externalize, relocate
+from hal.targets.onnxruntime.packing import Repacking, repacks_at_load, token_input
+from hal.targets.onnxruntime.session import NO_REPACKING, OnnxRuntimeExecutable, open_session
+from hal.targets.onnxruntime.weights import externalize, relocate, weight_files
 
 _MODEL = "model.onnx"
 _IR_VERSION = 13
-_PREPACK_LIMIT = 64 << 20
 
 
 class OnnxRuntimeBackend(Backend):
@@ -80,7 +81,7 @@ class OnnxRuntimeBackend(Backend):
                 f"(node {node.name!r}): {reason}",
                 "choose another target, or replace the op in the model",
             )
-        prepack = _prepacks(legal)
+        prepack = repacks_at_load(legal)
         repacked = externalize(legal, context.folder, context.bundle)
         legal.model.ir_version = _IR_VERSION
         (context.folder / _MODEL).write_bytes(ir.to_proto(legal.model).SerializeToString())
@@ -90,6 +91,7 @@ class OnnxRuntimeBackend(Backend):
             "nodes": legal.node_count(),
             "repacked_bytes": repacked,
             "prepack": prepack,
+            "repack_for": "" if prepack else token_input(legal),
             "in_place": in_place(legal),
         }
 
@@ -103,14 +105,17 @@ class OnnxRuntimeBackend(Backend):
         data = context.files.mapped(f"{context.folder}/{record['model']}")
         proto = onnx.ModelProto.FromString(bytes(data))
         folder = relocate(proto, context.files)
-        session = open_session(
-            proto.SerializeToString(),
-            _route(context.descriptor),
-            weights=folder,
-            threads=context.threads,
-            prepack=bool(record.get("prepack", True)),
+        route = _route(context.descriptor)
+        model = proto.SerializeToString()
+        open_with = functools.partial(
+            open_session, model, route, weights=folder, threads=context.threads
         )
-        return OnnxRuntimeExecutable(session, record.get("in_place"))
+        repacking, tokens = None, str(record.get("repack_for", ""))
+        if tokens and NO_REPACKING not in route.session_options:
+            files = weight_files(proto, folder)
+            repacking = Repacking(tokens, functools.partial(open_with, prepack=True), files)
+        session = open_with(prepack=bool(record.get("prepack", True)))
+        return OnnxRuntimeExecutable(session, record.get("in_place"), repacking)
 
 
 def _route(descriptor: Descriptor) -> OnnxRuntimeRoute:
@@ -170,24 +175,3 @@ def _alone(node: ir.Node, opsets: dict[str, int]) -> Graph:
     model = ir.Model(body, ir_version=_IR_VERSION)
     ensure_functions(model)
     return Graph(model)
-
-
-def _prepacks(graph: Graph) -> bool:
-    """Whether the runtime should repack weights into its own copies when it loads the model.
-
-    Repacking costs seconds and a private copy of every matrix for each process. It makes products
-    with few rows (4 to 64) up to twice as fast; with one row (decoding) and with hundreds it makes
-    no difference. So small models are repacked, large float models stay mapped from the bundle,
-    and integer weights are always repacked because their kernels need it.
-    """
-    large = 0
-    for node in graph.graph.all_nodes():
-        if node.op_type in ("MatMulNBits", "MatMulInteger", "QLinearMatMul", "DequantizeLinear"):
-            return True
-        if node.op_type in ("MatMul", "Gemm"):
-            large += sum(
-                v.const_value.nbytes
-                for v in node.inputs
-                if v is not None and v.const_value is not None
-            )
-    return large <= _PREPACK_LIMIT

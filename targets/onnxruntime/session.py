@@ -13,8 +13,10 @@ from hal.descriptor import OnnxRuntimeRoute
 from hal.errors import HalError, InputError, TargetError
 from hal.ir.ortvalue import as_numpy, from_ort, to_ort
 from hal.targets.backend import Executable
+from hal.targets.onnxruntime.packing import Repacking
 
 CPU = "CPUExecutionProvider"
+NO_REPACKING = "session.disable_prepacking"
 
 _FOLD_LIMIT = 4 << 20
 """Constants larger than this are not folded: a folded weight is a private copy of a mapped one."""
@@ -45,7 +47,7 @@ def open_session(
         "optimization.constant_folding_max_output_size_in_bytes": str(_FOLD_LIMIT),
     }
     if not prepack:
-        entries["session.disable_prepacking"] = "1"
+        entries[NO_REPACKING] = "1"
     if CPU not in route.providers:
         entries["session.disable_cpu_ep_fallback"] = "1"
     entries.update({key: _entry(value) for key, value in route.session_options.items()})
@@ -103,10 +105,14 @@ class OnnxRuntimeExecutable(Executable):
     """One session. Outputs are views of the runtime's memory, and never of an input's."""
 
     def __init__(
-        self, session: ort.InferenceSession, in_place: Mapping[str, str] | None = None
+        self,
+        session: ort.InferenceSession,
+        in_place: Mapping[str, str] | None = None,
+        repacking: Repacking | None = None,
     ) -> None:
         self._session: ort.InferenceSession | None = session
         self._in_place = dict(in_place or {})
+        self._repacking = repacking
         self._inputs = {value.name: value for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]
         both = [*session.get_inputs(), *session.get_outputs()]
@@ -131,6 +137,9 @@ class OnnxRuntimeExecutable(Executable):
             TargetError: a kernel failed.
         """
         given = {name: inputs[name] for name in self._inputs if name in inputs}
+        if self._repacking is not None and self._repacking.due(given):
+            self._session = self._repacking.session() or self.session
+            self._repacking = None
         if self._plain:
             values = {name: _wrap(name, value) for name, value in given.items()}
             into = {out: values[source] for out, source in self._in_place.items()}
@@ -151,7 +160,7 @@ class OnnxRuntimeExecutable(Executable):
 
     def close(self) -> None:
         """Release the session and its memory."""
-        self._session = None
+        self._session = self._repacking = None
 
     def _run(
         self, values: Mapping[str, ort.OrtValue], into: Mapping[str, ort.OrtValue]

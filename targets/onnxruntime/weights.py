@@ -7,6 +7,7 @@ bundle's root); tensors that legalization made are written next to the model as 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -43,7 +44,7 @@ def relocate(proto: onnx.ModelProto, files: WeightStore) -> Path:
     rewritten locations are relative to.
     """
     places: dict[str, tuple[Path, int]] = {}
-    external = [t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    external = list(_external(proto))
     for tensor in external:
         location = _entry(tensor, "location")
         if location not in places:
@@ -57,6 +58,16 @@ def relocate(proto: onnx.ModelProto, files: WeightStore) -> Path:
         _set_entry(tensor, "location", path.relative_to(folder).as_posix())
         _set_entry(tensor, "offset", str(base + int(_entry(tensor, "offset") or 0)))
     return folder
+
+
+def weight_files(proto: onnx.ModelProto, folder: Path) -> set[Path]:
+    """Files that hold the external data of a model whose locations are relative to ``folder``."""
+    return {folder / _entry(tensor, "location") for tensor in _external(proto)}
+
+
+def _external(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    external = onnx.TensorProto.EXTERNAL
+    return (t for t in proto.graph.initializer if t.data_location == external)
 
 
 def _entry(tensor: onnx.TensorProto, key: str) -> str:

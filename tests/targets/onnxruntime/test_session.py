@@ -5,14 +5,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
 
 from hal import InputError, TargetError, UnsupportedError
 from hal.ir.weights import write_weights
 from hal.targets.onnxruntime import OnnxRuntimeBackend
-from hal.targets.onnxruntime.backend import _prepacks
 from tests.targets.onnxruntime.support import build, descriptor, executable, load, packed, parse
 
 ADD = "g (float[n, 2] x, float[n, 2] y) => (float[n, 2] z) { z = Add (x, y) }"
@@ -103,16 +101,6 @@ def test_a_packed_bundle_runs_from_inside_the_file(tmp_path: Path) -> None:
     file = packed(root, tmp_path / "one.hal")
     x = np.ones((2, 64), np.float32)
     assert np.allclose(load(record, file).run({"x": x})["y"], x @ weight(), atol=1e-5)
-
-
-def test_large_float_models_stay_mapped(tmp_path: Path) -> None:
-    graph = parse(LINEAR, w=weight())
-    assert _prepacks(graph)
-    large = ir.ExternalTensor(
-        "w.bin", 0, 128 << 20, ir.DataType.FLOAT, shape=ir.Shape([1 << 20, 32]), name="w"
-    )
-    graph.graph.initializers["w"].const_value = large
-    assert not _prepacks(graph)
 
 
 def test_a_wrong_shape_is_an_input_error_of_one_sentence(tmp_path: Path) -> None:
