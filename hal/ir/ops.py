@@ -17,7 +17,7 @@ import onnx.parser
 import onnx_ir as ir
 
 from hal.errors import GraphError, did_you_mean
-from hal.ir import cache_ops
+from hal.ir import cache_ops, quant_ops
 from hal.ir.graph import HAL_DOMAIN, OPSET
 
 HAL_OPSET = 1
@@ -153,6 +153,18 @@ HAL_FUNCTIONS: dict[str, HalOp] = {
             cache_ops.ATTENTION_DOC,
             cache_ops.ATTENTION_DEFAULTS,
             cache_ops.attention_body,
+        ),
+        HalOp(
+            quant_ops.ROUND_ACTIVATIONS,
+            quant_ops.ROUND_DOC,
+            quant_ops.ROUND_DEFAULTS,
+            quant_ops.round_body,
+        ),
+        HalOp(
+            quant_ops.UNPACK_BITS,
+            quant_ops.UNPACK_DOC,
+            quant_ops.UNPACK_DEFAULTS,
+            quant_ops.unpack_body,
         ),
     )
 }

@@ -122,3 +122,15 @@ def test_one_hot_of_an_index_out_of_range_has_no_on_value() -> None:
     got = compile_model(proto)({"i": np.array([4, 5, -5, -6, -1]), "v": values})["y"]
     on = np.argwhere(got == 3.0).tolist()
     assert on == [[0, 4], [2, 0], [4, 4]]
+
+
+def test_tiles_are_right_with_the_widest_vectors_of_this_machine() -> None:
+    from hal.targets import resolve
+    from hal.targets.tvm.direct import compile_model
+
+    (route,) = (r for r in resolve("host:tvm").descriptor.routes.values() if hasattr(r, "target"))
+    proto = model("g (float[2,3,4,5] x) => (float[14,18,16,10] y) { r = Constant <value_ints = "
+                  "[7,6,4,2]> () y = Tile (x, r) }")  # fmt: skip
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)
+    got = compile_model(proto, dict(route.target))({"x": x})["y"]
+    np.testing.assert_array_equal(got, np.tile(x, (7, 6, 4, 2)))
