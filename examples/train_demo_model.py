@@ -37,21 +37,21 @@ from demo_text import (
     train_tokenizer,
 )
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from tokenizers import Tokenizer
-from transformers import (
-    AutoTokenizer,
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
+from training import (
+    Budget,
+    HeldOutScore,
+    Schedule,
+    generate,
+    held_out_nats,
+    load_checked,
+    make_optimizer,
+    progress_columns,
+    save,
+    training_step,
 )
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 SAMPLE_PROMPTS = ("The for statement", "Python", "A class definition ")
 
@@ -61,8 +61,8 @@ console = Console()
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Every number that shapes the training run.
+class Recipe(Schedule):
+    """Every number that shapes the training run; see `Schedule` for the others.
 
     Attributes:
         context: the model's longest sequence, in tokens.
@@ -71,10 +71,6 @@ class Recipe:
         finish_fraction: last part of the run, on windows of the full `context` and on text
             encoded without dropout.
         batch_tokens: tokens in one optimiser step.
-        peak_learning_rate: reached after the warm-up; a cosine then takes it down to
-            `final_learning_rate_fraction` of itself.
-        warmup_fraction: part of the run spent on the linear warm-up.
-        weight_decay: AdamW's, on matrices only.
         bpe_dropout: probability of skipping a merge when the training text is encoded, before
             the finish. The text is small, so each pass over it is cut into different tokens,
             which delays memorising (https://arxiv.org/abs/1910.13267).
@@ -86,55 +82,12 @@ class Recipe:
     short_context: int = 256
     finish_fraction: float = 0.35
     batch_tokens: int = 1024
-    peak_learning_rate: float = 3e-3
-    final_learning_rate_fraction: float = 0.02
-    warmup_fraction: float = 0.04
-    weight_decay: float = 0.1
-    gradient_clip: float = 1.0
     bpe_dropout: float = 0.1
     router_bias_speed: float = 1e-3
 
     def finishing(self, done: float) -> bool:
         """Whether the finish has begun when the part `done` of the run is behind us."""
         return done >= 1 - self.finish_fraction
-
-    def learning_rate(self, done: float) -> float:
-        """Learning rate when the part `done` of the run, in [0, 1], is behind us."""
-        if done < self.warmup_fraction:
-            return self.peak_learning_rate * max(done / self.warmup_fraction, 1e-2)
-        cosine_done = min((done - self.warmup_fraction) / (1 - self.warmup_fraction), 1.0)
-        floor = self.final_learning_rate_fraction
-        cosine = 0.5 * (1 + math.cos(math.pi * cosine_done))
-        return self.peak_learning_rate * (floor + (1 - floor) * cosine)
-
-
-@dataclass(frozen=True)
-class HeldOutScore:
-    """How well held-out text is predicted."""
-
-    loss: float
-    """Mean cross-entropy, in nats per token."""
-    bits_per_byte: float
-    """The same information per byte of text, which does not depend on the tokenizer."""
-
-    @property
-    def perplexity(self) -> float:
-        """`exp(loss)`, per token."""
-        return math.exp(self.loss)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """When a run ends: after `steps` where given, otherwise after `minutes` of training."""
-
-    steps: int | None
-    minutes: float
-
-    def done(self, step: int, seconds: float) -> float:
-        """Part of the run that is behind us, in [0, 1]."""
-        if self.steps is not None:
-            return min(step / self.steps, 1.0)
-        return min(seconds / (60 * self.minutes), 1.0)
 
 
 @dataclass
@@ -225,38 +178,15 @@ class RouterBalancer:
         return worst
 
 
-@torch.no_grad()
 def score_held_out(
     model: DeepseekV3ForCausalLM, tokenizer: Tokenizer, texts: list[str]
 ) -> HeldOutScore:
-    """Predict each text from its own beginning, in windows of the model's longest sequence."""
-    model.train(False)
-    context = model.config.max_position_embeddings
-    nats, tokens = 0.0, 0
-    for text in texts:
-        ids = torch.tensor([END_OF_TEXT_ID, *tokenizer.encode(text).ids])
-        for start in range(0, len(ids) - 1, context):
-            window = ids[start : start + context + 1]
-            logits = model(input_ids=window[None, :-1]).logits[0].float()
-            nats += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
-            tokens += len(window) - 1
+    """Predict each text from its own beginning."""
+    streams = [torch.tensor([END_OF_TEXT_ID, *tokenizer.encode(text).ids]) for text in texts]
+    nats = sum(held_out_nats(model, stream) for stream in streams)
+    tokens = sum(len(stream) - 1 for stream in streams)
     text_bytes = sum(len(text.encode()) for text in texts)
     return HeldOutScore(loss=nats / tokens, bits_per_byte=nats / math.log(2) / text_bytes)
-
-
-def make_optimizer(model: DeepseekV3ForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves normalisation weights alone."""
-    matrices = [weight for weight in model.parameters() if weight.dim() >= 2]
-    vectors = [weight for weight in model.parameters() if weight.dim() < 2]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": recipe.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=recipe.peak_learning_rate,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
 
 
 def train(
@@ -274,32 +204,17 @@ def train(
     log = TrainingLog()
     started = time.monotonic()
     next_score = 0.1
-    columns = (
-        TextColumn("step {task.fields[step]}"),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  load {task.fields[load]:.2f}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
+    columns = progress_columns("loss {task.fields[loss]:.3f}", "load {task.fields[load]:.2f}")
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("train", total=1.0, step=0, loss=math.nan, load=1.0)
         while (done := budget.done(log.steps, time.monotonic() - started)) < 1.0:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate(done)
-            model.train()
             batch = text.batch(recipe.finishing(done))
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            loss = training_step(model, optimizer, batch, recipe, done)
             load = balancer.step()
             log.steps += 1
             log.tokens += batch.numel()
             known = not math.isnan(log.train_loss)
-            log.train_loss = 0.98 * log.train_loss + 0.02 * loss.item() if known else loss.item()
+            log.train_loss = 0.98 * log.train_loss + 0.02 * loss if known else loss
             progress.update(bar, completed=done, step=log.steps, loss=log.train_loss, load=load)
             if done >= next_score:
                 next_score += 0.1
@@ -312,59 +227,6 @@ def train(
         progress.update(bar, completed=1.0)
     log.seconds = time.monotonic() - started
     return log
-
-
-def save(model: DeepseekV3ForCausalLM, tokenizer: Tokenizer, output: Path) -> None:
-    """Write the Hugging Face directory, weights in float16.
-
-    The routers' balancing biases stay in float32, as in the published DeepSeek-V3 weights.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    for weight in model.parameters():
-        weight.data = weight.data.to(torch.float16)
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        eos_token_id=model.config.eos_token_id,
-        pad_token_id=model.config.pad_token_id,
-    )
-    model.save_pretrained(output)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END_OF_TEXT,
-        pad_token=PADDING,
-        model_max_length=model.config.max_position_embeddings,
-        clean_up_tokenization_spaces=False,
-    ).save_pretrained(output)
-    size = (output / "model.safetensors").stat().st_size
-    if size > MAX_WEIGHTS_BYTES:
-        raise SystemExit(f"model.safetensors has {size:,} bytes, over {MAX_WEIGHTS_BYTES:,}")
-
-
-def load_checked(output: Path, corpus: Corpus) -> tuple[DeepseekV3ForCausalLM, Tokenizer]:
-    """Load the saved directory as a user would, model in float32, and check the tokenizer.
-
-    Raises:
-        RuntimeError: `AutoTokenizer` and plain `tokenizers` disagree or lose characters.
-    """
-    model = DeepseekV3ForCausalLM.from_pretrained(output, dtype=torch.float32)
-    wrapped = AutoTokenizer.from_pretrained(output)
-    plain = Tokenizer.from_file(str(output / "tokenizer.json"))
-    for text in (*corpus.held_out.values(), "  two spaces,\ttab\n\nand é ☃ \n"):
-        ids = plain.encode(text).ids
-        if wrapped(text, verbose=False)["input_ids"] != ids or wrapped.decode(ids) != text:
-            raise RuntimeError("AutoTokenizer and tokenizers read the saved tokenizer differently")
-        if plain.decode(ids) != text:
-            raise RuntimeError("the saved tokenizer does not give back the text it encoded")
-    return model, plain
-
-
-def generate(
-    model: DeepseekV3ForCausalLM, tokenizer: Tokenizer, prompt: str, new_tokens: int = 120
-) -> str:
-    """Continue `prompt` greedily; returns the prompt and its continuation."""
-    ids = torch.tensor([tokenizer.encode(prompt).ids])
-    output = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, use_cache=True)
-    return str(tokenizer.decode(output[0].tolist()))
 
 
 def model_card(
@@ -478,10 +340,14 @@ def main(
         f" {model.num_parameters():,} parameters"
     )
     log = train(model, tokenizer, corpus, recipe, Budget(steps, minutes), generator)
-    save(model, tokenizer, output)
+    save(model, tokenizer, output, eos_token=END_OF_TEXT, pad_token=PADDING)
+    size = (output / "model.safetensors").stat().st_size
+    if size > MAX_WEIGHTS_BYTES:
+        raise SystemExit(f"model.safetensors has {size:,} bytes, over {MAX_WEIGHTS_BYTES:,}")
 
-    model, tokenizer = load_checked(output, corpus)
-    score = score_held_out(model, tokenizer, list(corpus.held_out.values()))
+    held_out = list(corpus.held_out.values())
+    model, tokenizer = load_checked(DeepseekV3ForCausalLM, output, held_out)
+    score = score_held_out(model, tokenizer, held_out)
     samples = [generate(model, tokenizer, prompt) for prompt in SAMPLE_PROMPTS]
     command = shlex.join(["python", *sys.argv])
     card = model_card(model, corpus, log, score, samples, command)

@@ -28,6 +28,9 @@ NEED_BUNDLE = {
 NOT_RUN = {
     "train_demo_model.py",  # takes minutes; made what is in examples/demo_model
     "demo_text.py",  # a part of it
+    "train_reference_model.py",  # the same, of a larger model that goes to the cache
+    "reference_text.py",
+    "training.py",
 }
 EXAMPLES = sorted({p.name for p in (ROOT / "examples").glob("*.py")} - NOT_RUN)
 
