@@ -20,9 +20,9 @@ UNPACK_DEFAULTS = {"bits": "3"}
 
 ROUND_DOC = (
     "y = round(x / s) * s, with s = max |x| / (2**(bits - 1) - 1) over each block of block_size"
-    " elements of the last axis (0: over the whole axis, one scale per token), ties to even; a block"
-    " of zeros stays zero. The last axis is a multiple of block_size. It says that the product"
-    " behind it may run on integers."
+    " elements of the last axis (0: over the whole axis, one scale per token), ties to even; zeros"
+    " stay zeros. The last axis is a multiple of block_size. It says that the product behind it may"
+    " run on integers."
 )
 
 UNPACK_DOC = (

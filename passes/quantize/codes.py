@@ -1,0 +1,74 @@
+"""A quantized weight: integer codes, a scale for each block, perhaps zero points.
+
+``w[r, c] = scale[r, c // group] * (codes[r, c] - zero[r, c // group])``
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+
+from hal.passes.quantize.formats import Format
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """A matrix ``[R, C]`` in ``format``.
+
+    Attributes:
+        codes: int8 (symmetric) or uint8 ``[R, C]``.
+        scale: float16 ``[R, G]``, G blocks along C, the last one perhaps shorter.
+        zero: uint8 ``[R, G]`` for asymmetric formats.
+    """
+
+    format: Format
+    codes: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray | None = None
+
+    def dequantized(self) -> np.ndarray:
+        """The float32 matrix ``[R, C]`` that the codes stand for."""
+        values = self.codes.astype(np.float32)
+        if self.zero is not None:
+            values -= self.spread(self.zero.astype(np.float32))
+        values *= self.spread(self.scale.astype(np.float32))
+        return values
+
+    def spread(self, by_block: np.ndarray) -> np.ndarray:
+        """One value per block ``[R, G]`` as one per column ``[R, C]``."""
+        columns = self.codes.shape[1]
+        return np.repeat(by_block, self.format.group or columns, axis=1)[:, :columns]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the bundle."""
+        rows, columns = self.codes.shape
+        zeros = 0 if self.zero is None else self.zero.size * self.format.bits // 8
+        return rows * columns * self.format.bits // 8 + self.scale.nbytes + zeros
+
+
+def pack(codes: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.TensorProtocol:
+    """Codes, one to a byte, as a tensor of ``dtype`` in ONNX's packing (first in the low bits)."""
+    bits = int(dtype.itemsize * 8)
+    flat = codes.reshape(-1).view(np.uint8)
+    if bits == 8:
+        return ir.Tensor(flat.view(dtype.numpy()).reshape(shape), dtype)
+    each = 8 // bits
+    flat = np.concatenate([flat, np.zeros(-flat.size % each, np.uint8)]).reshape(-1, each)
+    flat = flat & np.uint8((1 << bits) - 1)
+    packed = flat[:, 0].copy()
+    for place in range(1, each):
+        packed |= flat[:, place] << np.uint8(place * bits)
+    return ir.PackedTensor(packed, dtype, shape=shape)
+
+
+def pack_three_bits(codes: np.ndarray) -> np.ndarray:
+    """Codes 0..7 uint8 ``[R, C]`` as ``hal::UnpackBits`` reads them: uint8 ``[R, C * 3 / 8]``."""
+    rows = codes.shape[0]
+    low = (codes & 3).reshape(rows, -1, 4) << np.array([0, 2, 4, 6], np.uint8)
+    high = (codes >> 2).reshape(rows, -1, 8) << np.arange(8, dtype=np.uint8)
+    return np.concatenate(
+        [np.bitwise_or.reduce(low, axis=2), np.bitwise_or.reduce(high, axis=2)], axis=1
+    )

@@ -1,0 +1,107 @@
+"""Put quantized weights into a graph: ``DequantizeLinear`` in the place of the initializer."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from hal.ir import HAL_DOMAIN, Graph
+from hal.ir.quant_ops import ROUND_ACTIVATIONS, UNPACK_BITS
+from hal.passes._edit import Editor
+from hal.passes.quantize.codes import Codes, pack, pack_three_bits
+from hal.passes.quantize.layers import Layer
+
+
+def put(graph: Graph, layer: Layer, codes: Codes) -> None:
+    """Replace ``layer``'s weight by ``codes`` ``[R, C]``, R being all axes but the last.
+
+    Reads ``MatMul(x, Transpose(DequantizeLinear(codes, scale)))`` afterwards. With activations of
+    8 bits, x goes through ``hal::RoundActivations``; products of one x share it.
+    """
+    edit = Editor(graph)
+    edit.at(min(layer.uses, key=lambda n: _position(graph, n)))
+    weight = _dequantize(edit, layer, codes)
+    for node in layer.uses:
+        edit.at(node)
+        for index, value in enumerate(list(node.inputs)):
+            if value is layer.weight:
+                node.replace_input_with(index, _across(edit, weight) if layer.across else weight)
+    if codes.format.activations == 8:
+        for product in layer.products:
+            _round_input(edit, product, codes.format.group)
+
+
+def _position(graph: Graph, node: ir.Node) -> int:
+    return next(i for i, n in enumerate(graph.nodes()) if n is node)
+
+
+def _dequantize(edit: Editor, layer: Layer, codes: Codes) -> ir.Value:
+    form, shape = codes.format, layer.shape
+    base = (layer.weight.name or layer.name).removesuffix(".transposed")
+    blocks = (*shape[:-1], codes.scale.shape[1])
+    stored = _stored(edit, base, codes, shape)
+    by_channel = form.group == 0 and len(shape) == 2
+    scale_shape = (shape[0],) if by_channel else blocks
+    inputs = [stored, edit.tensor(ir.Tensor(codes.scale.reshape(scale_shape)), f"{base}.scale")]
+    if codes.zero is not None:
+        inputs.append(edit.tensor(pack(codes.zero, form.dtype, scale_shape), f"{base}.zero"))
+    dtype = layer.weight.dtype or ir.DataType.FLOAT
+    attributes = {"output_dtype": dtype.value, "axis": 0 if by_channel else len(shape) - 1}
+    if not by_channel:
+        attributes["block_size"] = form.group or shape[-1]
+    weight = edit.op("DequantizeLinear", inputs, attributes)
+    weight.type, weight.shape = ir.TensorType(dtype), ir.Shape(shape)
+    return weight
+
+
+def _stored(edit: Editor, base: str, codes: Codes, shape: tuple[int, ...]) -> ir.Value:
+    form = codes.format
+    if form.bits != 3 or shape[-1] % 8:
+        return edit.tensor(pack(codes.codes, form.dtype, shape), f"{base}.codes")
+    packed = pack_three_bits(codes.codes).reshape(*shape[:-1], shape[-1] * 3 // 8)
+    value = edit.tensor(ir.Tensor(packed), f"{base}.codes")
+    unpacked = edit.op(UNPACK_BITS, [value], {"bits": 3}, domain=HAL_DOMAIN)
+    unpacked.type, unpacked.shape = ir.TensorType(ir.DataType.UINT8), ir.Shape(shape)
+    return unpacked
+
+
+def _across(edit: Editor, weight: ir.Value) -> ir.Value:
+    result = edit.op("Transpose", [weight], {"perm": [1, 0]})
+    assert weight.shape is not None
+    result.type, result.shape = weight.type, ir.Shape(list(reversed(list(weight.shape))))
+    return result
+
+
+def _round_input(edit: Editor, product: ir.Node, group: int) -> None:
+    x = product.inputs[0]
+    assert x is not None
+    found = next(
+        (
+            use.node.outputs[0]
+            for use in x.uses()
+            if use.node.domain == HAL_DOMAIN
+            and use.node.op_type == ROUND_ACTIVATIONS
+            and use.node.attributes.get_int("block_size", 0) == group
+        ),
+        None,
+    )
+    if found is None:
+        edit.at(_first_reader(x))
+        found = edit.op(
+            ROUND_ACTIVATIONS, [x], {"bits": 8, "block_size": group}, like=x, domain=HAL_DOMAIN
+        )
+    product.replace_input_with(0, found)
+
+
+def _first_reader(value: ir.Value) -> ir.Node:
+    readers = {use.node for use in value.uses()}
+    graph = next(iter(readers)).graph
+    assert graph is not None
+    return next(node for node in graph if node in readers)
+
+
+def rounds_activations(layer: Layer, group: int) -> bool:
+    """Whether the inputs of a layer's products can be rounded in blocks of ``group``."""
+    return bool(layer.products) and (group == 0 or layer.shape[-1] % group == 0)
+
+
+__all__ = ["put", "rounds_activations"]
