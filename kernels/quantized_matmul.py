@@ -1,0 +1,374 @@
+"""Matrix products with quantized weights that are never expanded in memory.
+
+Two kernels. :func:`prepare` brings activations into the form that the product reads: int8 codes
+with a scale for each group of K (*integer*), or floats in the order and with the powers of two that
+spare the product its shifts; and the sums of each group, by which zero points are taken off.
+:func:`matmul` reads the weights once, in the stream of :mod:`hal.kernels.quantized_layout`. With
+one row it is bound by memory: each vector of words is decoded and multiplied at once. With more, a
+block of rows shares the decoded words, in accumulators that stay in registers.
+
+The integer product asks for a dot product of bytes; without one, :func:`prepare` rounds the
+activations and gives them as floats, so that the result is the same up to the order of sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T  # noqa: N812
+
+from hal.kernels.quantized_layout import Dot, Layout
+
+UNROLLED_STEPS = 8
+"""Steps of a group that are written out; longer groups loop over as many at a time."""
+
+ROWS_PER_TASK = 64
+"""Rows that one task of a thread takes; a multiple of every block of rows."""
+
+CHAINS = 4
+"""Chains of products that advance side by side at least: the latency of one over its rate."""
+
+ATTRIBUTES = {"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8}
+
+
+def rows_per_block(registers: int) -> int:
+    """Rows whose accumulators fit, one for products and one for sums, with four to work with."""
+    return next((r for r in (8, 4, 2) if 2 * r + 4 <= registers), 1)
+
+
+def vector(kind: str, lanes: int) -> str:
+    """Name of the vector dtype."""
+    return f"{kind}x{lanes}" if lanes > 1 else kind
+
+
+def spread(value: Any, lanes: int) -> Any:
+    """A vector with ``value`` in each lane."""
+    return tirx.Broadcast(value, lanes) if lanes > 1 else value
+
+
+def span(first: Any, lanes: int) -> Any:
+    """Index of ``lanes`` neighbours."""
+    return tirx.Ramp(first, tirx.const(1, "int64"), lanes) if lanes > 1 else first
+
+
+@dataclasses.dataclass(frozen=True)
+class _Registers:
+    """Accumulators of a task.
+
+    TVM 0.27 takes such buffers from a pool; LLVM keeps them in registers inside of loops. So they
+    are taken once for a task and not once for each block of rows.
+    """
+
+    products: Any
+    sums: Any
+
+
+def _registers(layout: Layout, products: int, sums: int) -> _Registers:
+    kind = vector("int32" if layout.integer else "float32", layout.lanes)
+    return _Registers(
+        T.alloc_buffer((products,), kind, scope="local"),
+        T.alloc_buffer((sums,), vector("float32", layout.lanes), scope="local"),
+    )
+
+
+def i64(value: int) -> Any:
+    """A constant index."""
+    return tirx.const(value, "int64")
+
+
+def _load(buffer: Any, *index: Any) -> Any:
+    return buffer[tuple(index)]
+
+
+# -- the product ----------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=256)
+def matmul(layout: Layout, registers: int = 16, dot: Dot | None = None) -> tirx.PrimFunc:
+    """``out[m, n] = x[m, k] @ w[n, k]ᵀ`` with prepared activations.
+
+    Parameters: the packed weights ``uint8 [bytes]``; with ``layout.integer`` codes
+    ``int8 [m, padded_k]``, scales ``float32 [m, groups]`` and sums ``int32 [m, groups]``, else
+    values ``float32 [m, padded_k]`` and sums ``float32 [m, groups]``; the result
+    ``float32 [m, padded_n]``.
+    """
+    most = rows_per_block(registers)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("quantized_matmul")
+        names = ["w", "x", "scales", "sums", "out"] if layout.integer else ["w", "x", "sums", "out"]
+        handles = {name: T.arg(name, T.handle()) for name in names}
+        T.func_attr(ATTRIBUTES)
+        m = tirx.Var("m", "int64")
+        shapes = {
+            "w": ((layout.bytes,), "uint8"),
+            "x": ((m, layout.padded_k), "int8" if layout.integer else "float32"),
+            "scales": ((m, layout.groups), "float32"),
+            "sums": ((m, layout.groups), "int32" if layout.integer else "float32"),
+            "out": ((m, layout.padded_n), "float32"),
+        }
+        buffers = {n: T.match_buffer(handles[n], shapes[n][0], shapes[n][1]) for n in names}
+        with T.sblock("root"):
+            T.reads([_all(buffers[n], shapes[n][0]) for n in names[:-1]])
+            T.writes([_all(buffers["out"], shapes["out"][0])])
+            with T.If(m == i64(1)):
+                with T.Then(), T.parallel(i64(layout.blocks)) as block:
+                    tiles = [i64(tile) for tile in range(layout.tiles)]
+                    registers_ = _registers(layout, CHAINS, layout.tiles)
+                    _Product(layout, dot, buffers, registers_, block, tiles, 1).rows(i64(0))
+                with T.Else():
+                    _many_rows(layout, dot, buffers, m, most)
+    return builder.get()
+
+
+def _all(buffer: Any, shape: Sequence[Any]) -> Any:
+    return buffer[tuple(slice(0, extent) for extent in shape)]
+
+
+def _many_rows(layout: Layout, dot: Dot | None, buffers: dict[str, Any], m: Any, most: int) -> None:
+    """Tasks are column blocks times chunks of rows, so that few columns still feed many cores.
+
+    A task takes one tile after the other: side by side, LLVM shares the activations that both
+    load, and then spills them.
+    """
+    chunks = tirx.floordiv(m + i64(ROWS_PER_TASK - 1), i64(ROWS_PER_TASK))
+    with T.parallel(i64(layout.blocks) * chunks) as task:
+        block, chunk = tirx.floordiv(task, chunks), tirx.floormod(task, chunks)
+        first = T.Bind(chunk * i64(ROWS_PER_TASK))
+        count = T.Bind(tirx.min(m - first, i64(ROWS_PER_TASK)))
+        whole = tirx.floordiv(count, i64(most))
+        registers = _registers(layout, max(CHAINS, most), most)
+        with T.serial(i64(0), i64(layout.tiles)) as tile:
+            with T.serial(i64(0), whole) as i:
+                _Product(layout, dot, buffers, registers, block, [tile], most).rows(
+                    first + i * i64(most)
+                )
+            done = T.Bind(first + whole * i64(most))
+            rest = most // 2
+            while rest:
+                above = i64(2 * rest)
+                before = tirx.floordiv(tirx.floormod(count, i64(most)), above) * above
+                odd = tirx.floormod(tirx.floordiv(count, i64(rest)), i64(2)) == i64(1)
+                with T.If(odd), T.Then():
+                    product = _Product(layout, dot, buffers, registers, block, [tile], rest)
+                    product.rows(done + before)
+                rest //= 2
+
+
+class _Product:
+    """Code for some rows times one block of columns."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        dot: Dot | None,
+        buffers: dict[str, Any],
+        registers: _Registers,
+        block: Any,
+        tiles: Sequence[Any],
+        count: int,
+    ) -> None:
+        self.layout, self.dot, self.buffers, self.registers = layout, dot, buffers, registers
+        self.block, self.tiles, self.count = block, tiles, count
+        self.lanes = layout.lanes
+        self.kind = "int32" if layout.integer else "float32"
+        # A product waits for the one before it in its chain; few rows alone make too few chains.
+        self.chains = max(1, CHAINS // (count * len(tiles)))
+
+    def rows(self, first: Any) -> None:
+        """Emit ``out[first : first + count, block]``."""
+        layout, count, lanes = self.layout, self.count, self.lanes
+        for i in range(len(self.tiles) * count):
+            T.buffer_store(self.registers.sums, spread(tirx.const(0.0, "float32"), lanes), [i])
+        with T.serial(i64(0), i64(layout.groups)) as group:
+            base = T.Bind((self.block * i64(layout.groups) + group) * i64(layout.group_bytes))
+            for t, tile in enumerate(self.tiles):
+                self._group(first, group, base, tile)
+                self._scale(first, group, base, tile, t * count)
+        for t, tile in enumerate(self.tiles):
+            for r in range(count):
+                column = self.block * i64(layout.columns) + tile * i64(lanes)
+                place = [first + i64(r), span(column, lanes)]
+                T.buffer_store(self.buffers["out"], self.registers.sums[t * count + r], place)
+
+    def _group(self, first: Any, group: Any, base: Any, tile: Any) -> None:
+        """Products of one group and tile, into ``products``."""
+        layout = self.layout
+        for r in range(self.count):
+            for chain in range(self.chains):
+                start = self._start(first, group, r, chain)
+                T.buffer_store(self.registers.products, start, [r * self.chains + chain])
+        element = group * i64(layout.padded_group)
+        if layout.steps <= UNROLLED_STEPS:
+            for step in range(layout.steps):
+                self._step(first, base, element, i64(step), tile)
+            return
+        whole = layout.steps // UNROLLED_STEPS
+        with T.serial(i64(0), i64(whole)) as i:
+            for step in range(UNROLLED_STEPS):
+                self._step(first, base, element, i * i64(UNROLLED_STEPS) + i64(step), tile)
+        for step in range(whole * UNROLLED_STEPS, layout.steps):
+            self._step(first, base, element, i64(step), tile)
+
+    def _start(self, first: Any, group: Any, row: int, chain: int) -> Any:
+        """What sums of products start with: the common offset of codes, taken off by the sums."""
+        layout = self.layout
+        if chain or layout.zeros or not layout.offset:
+            return spread(tirx.const(0, self.kind), self.lanes)
+        sums = _load(self.buffers["sums"], first + i64(row), group)
+        return spread(sums, self.lanes)
+
+    def _step(self, first: Any, base: Any, element: Any, step: Any, tile: Any) -> None:
+        layout = self.layout
+        at = element + step * i64(layout.step)
+        if layout.integer:
+            for j, codes in enumerate(self._bytes(base, step, tile)):
+                operand = T.Bind(codes)
+                for r in range(self.count):
+                    self._dot(r, j % self.chains, operand, first, at + i64(4 * j))
+            return
+        for p, values in self._floats(base, step, tile):
+            operand = T.Bind(values)
+            for r in range(self.count):
+                x = spread(_load(self.buffers["x"], first + i64(r), at + i64(p)), self.lanes)
+                place = r * self.chains + p % self.chains
+                products = self.registers.products
+                T.buffer_store(products, products[place] + operand * x, [place])
+
+    def _dot(self, row: int, chain: int, codes: Any, first: Any, at: Any) -> None:
+        dot = self.dot
+        assert dot is not None, "an integer product needs a dot instruction"
+        place, products = row * self.chains + chain, self.registers.products
+        bytes_ = vector("int8", 4 * self.lanes)
+        four = tirx.reinterpret("int32", _load(self.buffers["x"], first + i64(row), span(at, 4)))
+        x = tirx.reinterpret(bytes_, spread(four, self.lanes))
+        total = tirx.call_llvm_pure_intrin(
+            vector("int32", self.lanes), dot.llvm, products[place], codes, x
+        )
+        T.buffer_store(products, total, [place])
+
+    # -- decoding -----------------------------------------------------------------------------
+
+    def _word(self, base: Any, step: Any, word: int, tile: Any) -> Any:
+        layout, lanes = self.layout, self.lanes
+        index = (step * i64(layout.words) + i64(word)) * i64(layout.tiles) + tile
+        at = base + index * i64(4 * lanes)
+        return tirx.reinterpret(
+            vector("uint32", lanes), _load(self.buffers["w"], span(at, 4 * lanes))
+        )
+
+    def _constant(self, value: int) -> Any:
+        return spread(tirx.const(value, "uint32"), self.lanes)
+
+    def _field(self, word: Any, shift: int, mask: int) -> Any:
+        """``(word >> shift) & mask``; a negative shift goes to the left."""
+        if shift > 0:
+            word = tirx.shift_right(word, self._constant(shift))
+        elif shift < 0:
+            word = tirx.shift_left(word, self._constant(-shift))
+        return tirx.bitwise_and(word, self._constant(mask))
+
+    def _bytes(self, base: Any, step: Any, tile: Any) -> list[Any]:
+        """Codes of a step, four bytes in each lane."""
+        layout = self.layout
+        words = [T.Bind(self._word(base, step, w, tile)) for w in range(layout.words)]
+        result = []
+        for j in range(layout.step // 4):
+            if layout.bits == 8:
+                value = words[0]
+            elif layout.bits == 3:
+                low = self._field(words[j // 4], 2 * (j % 4), 0x03030303)
+                value = tirx.bitwise_or(low, self._field(words[2], j - 2, 0x04040404))
+            else:
+                mask = ((1 << layout.bits) - 1) * 0x01010101
+                value = self._field(words[0], layout.bits * j, mask)
+            result.append(tirx.reinterpret(vector("int8", 4 * self.lanes), value))
+        return result
+
+    def _floats(self, base: Any, step: Any, tile: Any) -> list[tuple[int, Any]]:
+        """Codes of a step as float vectors with their places along K, times powers of two."""
+        layout, lanes = self.layout, self.lanes
+        floats = vector("float32", lanes)
+        result = []
+        if layout.wide_bytes:
+            for p in range(4):
+                index = (step * i64(4) + i64(p)) * i64(layout.columns) + tile * i64(lanes)
+                codes = tirx.reinterpret(
+                    vector("int8", lanes), _load(self.buffers["w"], span(base + index, lanes))
+                )
+                result.append((p, tirx.Cast(floats, tirx.Cast(vector("int32", lanes), codes))))
+            return result
+        words = [T.Bind(self._word(base, step, w, tile)) for w in range(layout.words)]
+        for p in range(layout.step):
+            j, byte = divmod(p, 4)
+            if layout.bits == 3:
+                low = self._field(words[j // 4], 8 * byte + 2 * (j % 4), 3)
+                code = tirx.bitwise_or(low, self._field(words[2], 8 * byte + j - 2, 4))
+            else:
+                shift, mask = 8 * byte + layout.bits * j, (1 << layout.bits) - 1
+                if power(layout, p):
+                    code = tirx.bitwise_and(words[0], self._constant(mask << shift))
+                else:
+                    code = self._field(words[0], shift, mask)
+            signed = tirx.reinterpret(vector("int32", lanes), code)
+            result.append((p, tirx.Cast(floats, signed)))
+        return result
+
+    # -- scales -------------------------------------------------------------------------------
+
+    def _scale(self, first: Any, group: Any, base: Any, tile: Any, start: int) -> None:
+        """Add the products of a group, times its scales, to the sums."""
+        layout, lanes, count = self.layout, self.lanes, self.count
+        at = base + i64(layout.code_bytes)
+        w = self.buffers["w"]
+        scale = T.Bind(half_to_float(_load(w, span(at + tile * i64(2 * lanes), 2 * lanes)), lanes))
+        zero = None
+        if layout.zeros:
+            points = _load(w, span(at + i64(2 * layout.columns) + tile * i64(lanes), lanes))
+            if layout.signed_bytes:
+                points = tirx.reinterpret(vector("int8", lanes), points)
+            zero = T.Bind(
+                tirx.Cast(vector(self.kind, lanes), tirx.Cast(vector("int32", lanes), points))
+            )
+        for r in range(count):
+            total = self.registers.products[r * self.chains]
+            for chain in range(1, self.chains):
+                total = total + self.registers.products[r * self.chains + chain]
+            row = first + i64(r)
+            if zero is not None:
+                total = total - zero * spread(_load(self.buffers["sums"], row, group), lanes)
+            factor = scale
+            if layout.integer:
+                total = tirx.Cast(vector("float32", lanes), total)
+                factor = factor * spread(_load(self.buffers["scales"], row, group), lanes)
+            sums = self.registers.sums
+            T.buffer_store(sums, sums[start + r] + total * factor, [start + r])
+
+
+def power(layout: Layout, place: int) -> int:
+    """Bits by which the code at ``place`` of a step is too high, taken off the activation."""
+    if layout.wide_bytes or layout.integer or layout.bits == 3:
+        return 0
+    j, byte = divmod(place % layout.step, 4)
+    shift = 8 * byte + layout.bits * j
+    return 0 if shift + layout.bits == 32 else shift
+
+
+def half_to_float(data: Any, lanes: int) -> Any:
+    """Float32 of ``lanes`` finite float16 numbers given as bytes, without an instruction for it."""
+    halves = tirx.Cast(vector("uint32", lanes), tirx.reinterpret(vector("uint16", lanes), data))
+
+    def constant(value: int) -> Any:
+        return spread(tirx.const(value, "uint32"), lanes)
+
+    magnitude = tirx.shift_left(tirx.bitwise_and(halves, constant(0x7FFF)), constant(13))
+    sign = tirx.shift_left(tirx.bitwise_and(halves, constant(0x8000)), constant(16))
+    floats = vector("float32", lanes)
+    # The exponents of the two formats differ by 112, subnormal numbers included.
+    value = tirx.reinterpret(floats, magnitude) * spread(tirx.const(2.0**112, "float32"), lanes)
+    bits = tirx.bitwise_or(tirx.reinterpret(vector("uint32", lanes), value), sign)
+    return tirx.reinterpret(floats, bits)
