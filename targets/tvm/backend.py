@@ -197,10 +197,16 @@ def _route(descriptor: Descriptor) -> TvmRoute:
 
 
 def _shaping(descriptor: Descriptor) -> Shaping:
+    from hal.kernels.quantized_layout import byte_dot
     from hal.targets.tvm.lowering import Shaping
 
     lanes = descriptor.vector_lanes("float32")
-    return Shaping(lanes=lanes if lanes > 1 else 4, cores=descriptor.cores or available_cores())
+    return Shaping(
+        lanes=lanes if lanes > 1 else 4,
+        cores=descriptor.cores or available_cores(),
+        registers=descriptor.vector.registers or Shaping.registers,
+        dot=byte_dot(descriptor),
+    )
 
 
 __all__ = ["TvmBackend", "TvmExecutable", "UnsupportedError", "available_cores"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import onnx_ir as ir
 import tvm
 from tvm import relax, te, tirx
 
+from hal.kernels.quantized_layout import Dot
 from hal.targets.tvm.dims import Dim, Refused, Symbols, as_int
 from hal.targets.tvm.dtypes import STORED_AS, plain, to_storage
 
@@ -63,6 +64,8 @@ class Shaping:
 
     lanes: int = 8
     cores: int = 1
+    registers: int = 16
+    dot: Dot | None = None
 
 
 class Lowering:
@@ -73,6 +76,8 @@ class Lowering:
         self.shaping = shaping
         self.symbols = symbols
         self.operands: dict[ir.Value, Operand] = {}
+        self.prepared: dict[Hashable, list[Operand]] = {}
+        """Activations in the form that quantized products read, shared by products."""
 
     # -- operands ---------------------------------------------------------------------------
 

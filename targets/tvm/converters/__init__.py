@@ -16,6 +16,7 @@ from hal.targets.tvm.converters import (
     nn,
     norm,
     quantize,
+    quantized,
     recurrent,
     reduce,
     rest,
@@ -23,6 +24,7 @@ from hal.targets.tvm.converters import (
     slicing,
 )
 from hal.targets.tvm.dims import Refused
+from hal.targets.tvm.fuse_quantized import DOMAIN
 from hal.targets.tvm.lowering import Converter
 
 _FAMILIES = (
@@ -41,13 +43,15 @@ _FAMILIES = (
     rest,
 )
 
-CONVERTERS: dict[tuple[str, str], Converter] = {
-    ("", name): function for family in _FAMILIES for name, function in family.CONVERTERS.items()
-} | {
-    (HAL_DOMAIN, name): function
-    for family in (hal_ops, cache)
-    for name, function in family.CONVERTERS.items()
-}
+CONVERTERS: dict[tuple[str, str], Converter] = (
+    {("", name): function for family in _FAMILIES for name, function in family.CONVERTERS.items()}
+    | {
+        (HAL_DOMAIN, name): function
+        for family in (hal_ops, cache)
+        for name, function in family.CONVERTERS.items()
+    }
+    | {(DOMAIN, name): function for name, function in quantized.CONVERTERS.items()}
+)
 """Converters by domain and op type."""
 
 
