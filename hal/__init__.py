@@ -31,6 +31,7 @@ from hal.errors import (
 if TYPE_CHECKING:
     from hal.bundle import Bundle, load
     from hal.compiler import compile
+    from hal.runtime.evaluation import evaluate
     from hal.runtime.saved_state import SavedState
     from hal.runtime.session import Session
     from hal.targets import list_targets
@@ -53,6 +54,7 @@ __all__ = [
     "TargetError",
     "UnsupportedError",
     "compile",
+    "evaluate",
     "list_targets",
     "load",
 ]
@@ -63,6 +65,7 @@ _LAZY = {
     "SavedState": "hal.runtime.saved_state",
     "Session": "hal.runtime.session",
     "compile": "hal.compiler",
+    "evaluate": "hal.runtime.evaluation",
     "list_targets": "hal.targets",
     "load": "hal.bundle",
 }

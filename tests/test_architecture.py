@@ -185,6 +185,7 @@ PUBLIC = [
     "TargetError",
     "UnsupportedError",
     "compile",
+    "evaluate",
     "list_targets",
     "load",
 ]
