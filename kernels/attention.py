@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm.script import tirx as T  # noqa: N812
 
-from hal.kernels.moe import vector_lanes
+from hal.kernels.vectors import span, spread, vector_lanes
 
 
 @functools.lru_cache(maxsize=64)
@@ -39,14 +39,14 @@ def scores(heads: int, kv_heads: int, size: int, lanes: int, scale: float) -> An
                 total = T.alloc_buffer((1,), "float32", scope="local")
                 for s in T.serial(queries):
                     for t in T.serial(keys):
-                        acc[0] = T.broadcast(T.float32(0), v)
+                        acc[0] = spread(T.float32(0), v)
                         for i in T.unroll(steps):
                             acc[0] = (
                                 acc[0]
-                                + q[bh // heads, bh % heads, s, T.ramp(i * v, 1, v)]
-                                * k[bh // heads, bh % heads // group, t, T.ramp(i * v, 1, v)]
+                                + q[bh // heads, bh % heads, s, span(i * v, v)]
+                                * k[bh // heads, bh % heads // group, t, span(i * v, v)]
                             )
-                        spill[T.ramp(0, 1, v)] = acc[0]
+                        spill[span(0, v)] = acc[0]
                         total[0] = T.float32(0)
                         for j in T.unroll(v):
                             total[0] = total[0] + spill[j]

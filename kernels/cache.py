@@ -17,7 +17,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T  # noqa: N812
 
-from hal.kernels.moe import vector_lanes
+from hal.kernels.vectors import span, spread, vector_lanes
 
 BLOCK = 32
 """Positions that are scored before their values are read."""
@@ -126,7 +126,7 @@ def _by_halves(x: Any, lanes: int, combine: Any) -> Any:
 
 
 def _spread(number: float, lanes: int) -> Any:
-    return T.broadcast(T.float32(number), lanes) if lanes > 1 else T.float32(number)
+    return spread(T.float32(number), lanes)
 
 
 def _polynomial(f: Any, lanes: int) -> Any:
@@ -143,7 +143,7 @@ def _power_of_two(n: Any, lanes: int) -> Any:
 
 
 def _ints(number: int, lanes: int) -> Any:
-    return T.broadcast(T.int32(number), lanes) if lanes > 1 else T.int32(number)
+    return spread(T.int32(number), lanes)
 
 
 def _wide(codes: Any, lanes: int, bits: int, scale: Any, *, high: bool = False) -> Any:
@@ -159,8 +159,7 @@ def _wide(codes: Any, lanes: int, bits: int, scale: Any, *, high: bool = False) 
 
 
 def _scales(scale: Any, lanes: int) -> Any:
-    wide = T.Cast("float32", scale)
-    return T.broadcast(wide, lanes) if lanes > 1 else wide
+    return spread(T.Cast("float32", scale), lanes)
 
 
 @functools.lru_cache(maxsize=64)
@@ -177,9 +176,9 @@ def attention(a: Attention) -> Any:  # noqa: C901 - kernel text
     value_width = stored if a.shared else (a.value_channels // 2 if bits == 4 else a.value_channels)
     low_values = min(value_width, a.value_channels)
     high_values = a.value_channels - low_values
-    lanes = min(a.lanes, block) if bits else a.lanes
-    v = vector_lanes(stored, lanes)
-    w = vector_lanes(math.gcd(low_values, high_values), lanes)
+    alike = block if bits else 0  # channels of one scale: a vector has one
+    v = vector_lanes(math.gcd(stored, alike), a.lanes)
+    w = vector_lanes(math.gcd(low_values, high_values, alike), a.lanes)
     steps, low_steps, high_steps = stored // v, low_values // w, high_values // w
     e = vector_lanes(BLOCK, a.lanes)
     tiles = group // tile
@@ -275,19 +274,18 @@ def attention(a: Attention) -> Any:  # noqa: C901 - kernel text
                                     dots[g] = _spread(0.0, v)
                                 for i in T.serial(steps):
                                     wide[0] = _wide(
-                                        keys[at, kv, lo + j, T.ramp(i * v, 1, v)],
+                                        keys[at, kv, lo + j, span(i * v, v)],
                                         v,
                                         bits,
                                         key_scales[at, kv, lo + j, i * v // block],
                                     )
                                     for g in T.unroll(tile):
                                         dots[g] = (
-                                            dots[g]
-                                            + q[b, first + g, s, T.ramp(i * v, 1, v)] * wide[0]
+                                            dots[g] + q[b, first + g, s, span(i * v, v)] * wide[0]
                                         )
                                     if packed:
                                         wide[0] = _wide(
-                                            keys[at, kv, lo + j, T.ramp(i * v, 1, v)],
+                                            keys[at, kv, lo + j, span(i * v, v)],
                                             v,
                                             bits,
                                             key_scales[at, kv, lo + j, (stored + i * v) // block],
@@ -296,7 +294,7 @@ def attention(a: Attention) -> Any:  # noqa: C901 - kernel text
                                         for g in T.unroll(tile):
                                             dots[g] = (
                                                 dots[g]
-                                                + q[b, first + g, s, T.ramp(stored + i * v, 1, v)]
+                                                + q[b, first + g, s, span(stored + i * v, v)]
                                                 * wide[0]
                                             )
                                 for g in T.unroll(tile):
@@ -311,19 +309,16 @@ def attention(a: Attention) -> Any:  # noqa: C901 - kernel text
                                 for g in T.unroll(tile):
                                     scores[g * BLOCK + j] = T.float32(_LOWEST)
                             for g in T.serial(tile):
-                                best[0] = scores[T.ramp(g * BLOCK, 1, e)]
+                                best[0] = scores[span(g * BLOCK, e)]
                                 for i in T.unroll(1, BLOCK // e):
-                                    best[0] = T.max(
-                                        best[0], scores[T.ramp(g * BLOCK + i * e, 1, e)]
-                                    )
+                                    best[0] = T.max(best[0], scores[span(g * BLOCK + i * e, e)])
                                 top: T.float32 = T.max(peaks[g], _peak(best[0], e))
                                 shrink: T.float32 = T.exp(peaks[g] - top)
                                 peaks[g] = top
                                 added[0] = _spread(0.0, e)
                                 for i in T.unroll(BLOCK // e):
                                     x[0] = T.max(
-                                        scores[T.ramp(g * BLOCK + i * e, 1, e)]
-                                        - T.broadcast(top, e),
+                                        scores[span(g * BLOCK + i * e, e)] - spread(top, e),
                                         _spread(-87.0, e),
                                     )
                                     n2[0] = T.floor(x[0] * _spread(_LOG2E, e) + _spread(0.5, e))
@@ -333,21 +328,21 @@ def attention(a: Attention) -> Any:  # noqa: C901 - kernel text
                                         - n2[0] * _spread(_LN2_LOW, e)
                                     )
                                     x[0] = _polynomial(x[0], e) * _power_of_two(n2[0], e)
-                                    scores[T.ramp(g * BLOCK + i * e, 1, e)] = x[0]
+                                    scores[span(g * BLOCK + i * e, e)] = x[0]
                                     added[0] = added[0] + x[0]
                                 totals[g] = totals[g] * shrink + _sum(added[0], e)
                                 if shrink != T.float32(1):
                                     for c in T.serial(a.value_channels // w):
-                                        sums[T.ramp(g * a.value_channels + c * w, 1, w)] = sums[
-                                            T.ramp(g * a.value_channels + c * w, 1, w)
-                                        ] * T.broadcast(shrink, w)
+                                        sums[span(g * a.value_channels + c * w, w)] = sums[
+                                            span(g * a.value_channels + c * w, w)
+                                        ] * spread(shrink, w)
                             for i in T.serial(low_steps):
                                 for g in T.unroll(tile):
-                                    parts[g] = sums[T.ramp(g * a.value_channels + i * w, 1, w)]
+                                    parts[g] = sums[span(g * a.value_channels + i * w, w)]
                                 for j in T.serial(hi - lo):
                                     wide_value[0] = _wide(
                                         (keys if a.shared else values)[
-                                            at, kv, lo + j, T.ramp(i * w, 1, w)
+                                            at, kv, lo + j, span(i * w, w)
                                         ],
                                         w,
                                         bits,
@@ -358,20 +353,20 @@ def attention(a: Attention) -> Any:  # noqa: C901 - kernel text
                                     for g in T.unroll(tile):
                                         parts[g] = (
                                             parts[g]
-                                            + T.broadcast(scores[g * BLOCK + j], w) * wide_value[0]
+                                            + spread(scores[g * BLOCK + j], w) * wide_value[0]
                                         )
                                 for g in T.unroll(tile):
-                                    sums[T.ramp(g * a.value_channels + i * w, 1, w)] = parts[g]
+                                    sums[span(g * a.value_channels + i * w, w)] = parts[g]
                             if more:
                                 for i in T.serial(high_steps):
                                     for g in T.unroll(tile):
                                         parts[g] = sums[
-                                            T.ramp(g * a.value_channels + low_values + i * w, 1, w)
+                                            span(g * a.value_channels + low_values + i * w, w)
                                         ]
                                     for j in T.serial(hi - lo):
                                         wide_value[0] = _wide(
                                             (keys if a.shared else values)[
-                                                at, kv, lo + j, T.ramp(i * w, 1, w)
+                                                at, kv, lo + j, span(i * w, w)
                                             ],
                                             w,
                                             bits,
@@ -383,18 +378,17 @@ def attention(a: Attention) -> Any:  # noqa: C901 - kernel text
                                         for g in T.unroll(tile):
                                             parts[g] = (
                                                 parts[g]
-                                                + T.broadcast(scores[g * BLOCK + j], w)
-                                                * wide_value[0]
+                                                + spread(scores[g * BLOCK + j], w) * wide_value[0]
                                             )
                                     for g in T.unroll(tile):
-                                        sums[
-                                            T.ramp(g * a.value_channels + low_values + i * w, 1, w)
-                                        ] = parts[g]
+                                        sums[span(g * a.value_channels + low_values + i * w, w)] = (
+                                            parts[g]
+                                        )
                 for g in T.serial(tile):
                     for c in T.serial(a.value_channels // w):
-                        out[b, first + g, s, T.ramp(c * w, 1, w)] = sums[
-                            T.ramp(g * a.value_channels + c * w, 1, w)
-                        ] * T.broadcast(
+                        out[b, first + g, s, span(c * w, w)] = sums[
+                            span(g * a.value_channels + c * w, w)
+                        ] * spread(
                             T.Select(
                                 totals[g] > T.float32(0), T.float32(1) / totals[g], T.float32(0)
                             ),

@@ -13,7 +13,7 @@ from typing import Any
 
 from tvm.script import tirx as T  # noqa: N812
 
-from hal.kernels.moe import vector_lanes
+from hal.kernels.vectors import vector_lanes
 
 VECTORS = 4
 """Vectors of a block of columns that advance together."""

@@ -16,6 +16,8 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T  # noqa: N812
 
+from hal.kernels.vectors import span, spread, vector_lanes
+
 ROWS = 4
 """Rows of a weight matrix whose dot products advance together."""
 
@@ -44,13 +46,6 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "relu": _relu,
 }
 """Activations of the gate by the name that the op's attribute uses."""
-
-
-def vector_lanes(extent: int, lanes: int) -> int:
-    """The largest power of two up to ``lanes`` that divides ``extent``."""
-    while lanes > 1 and extent % lanes:
-        lanes //= 2
-    return max(lanes, 1)
 
 
 def _rows(extent: int) -> int:
@@ -101,21 +96,21 @@ def gate_up(  # noqa: C901 - kernel text
                         for k in T.serial(choices):
                             if index[t, k] == T.int64(e):
                                 for r in T.unroll(2 * rows):
-                                    acc[r] = T.broadcast(T.float32(0), v)
+                                    acc[r] = spread(T.float32(0), v)
                                 for s in T.serial(steps):
                                     for r in T.unroll(rows):
                                         acc[r] = (
                                             acc[r]
-                                            + x[t, T.ramp(s * v, 1, v)]
-                                            * w[e, b * rows + r, T.ramp(s * v, 1, v)]
+                                            + x[t, span(s * v, v)]
+                                            * w[e, b * rows + r, span(s * v, v)]
                                         )
                                         acc[rows + r] = (
                                             acc[rows + r]
-                                            + x[t, T.ramp(s * v, 1, v)]
-                                            * w[e, inner + b * rows + r, T.ramp(s * v, 1, v)]
+                                            + x[t, span(s * v, v)]
+                                            * w[e, inner + b * rows + r, span(s * v, v)]
                                         )
                                 for r in T.unroll(2 * rows):
-                                    spill[T.ramp(0, 1, v)] = acc[r]
+                                    spill[span(0, v)] = acc[r]
                                     lane_sums[r] = T.float32(0)
                                     for j in T.serial(v):
                                         lane_sums[r] = lane_sums[r] + spill[j]
@@ -167,16 +162,16 @@ def down(experts: int, hidden: int, inner: int, choices: int, lanes: int) -> Any
                         for k in T.serial(choices):
                             if index[t, k] == T.int64(e):
                                 for r in T.unroll(rows):
-                                    acc[r] = T.broadcast(T.float32(0), v)
+                                    acc[r] = spread(T.float32(0), v)
                                 for s in T.serial(steps):
                                     for r in T.unroll(rows):
                                         acc[r] = (
                                             acc[r]
-                                            + h[t, k, T.ramp(s * v, 1, v)]
-                                            * w[e, b * rows + r, T.ramp(s * v, 1, v)]
+                                            + h[t, k, span(s * v, v)]
+                                            * w[e, b * rows + r, span(s * v, v)]
                                         )
                                 for r in T.unroll(rows):
-                                    spill[T.ramp(0, 1, v)] = acc[r]
+                                    spill[span(0, v)] = acc[r]
                                     lane_sums[r] = T.float32(0)
                                     for j in T.serial(v):
                                         lane_sums[r] = lane_sums[r] + spill[j]

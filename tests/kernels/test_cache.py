@@ -27,7 +27,7 @@ def device(array: np.ndarray) -> Any:
 def attend(p: dict[str, np.ndarray], shape: tuple[int, ...], **settings: Any) -> np.ndarray:
     scales = p.get("ks", np.zeros((1, 1, 1, 1), np.float16))
     out = device(np.zeros(shape, np.float32))
-    spec = kernels.Attention(heads=4, channels=16, scale=0.25, **settings)
+    spec = kernels.Attention(heads=4, channels=p["q"].shape[3], scale=0.25, **settings)
     arguments = [p["q"], p["keys"], p["values"], p["table"], p["lengths"]]
     arguments += [scales, p.get("vs", scales)]
     sums = device(np.zeros((1, 1, 1), np.float32))
@@ -106,3 +106,24 @@ def test_positions_within_the_lag_are_not_seen() -> None:
     np.testing.assert_allclose(actual, expected, atol=2e-6)
     p["lengths"] = np.array([2, 0])
     assert not attend(p, expected.shape, kv_heads=2, value_channels=16, lag=7).any()
+
+
+@pytest.mark.parametrize(
+    ("channels", "settings"),
+    [
+        (17, {}),
+        (1, {}),
+        (17, {"bits": 8, "block": 1}),
+        (18, {"bits": 8, "block": 9}),
+        (18, {"bits": 4, "block": 6}),
+    ],
+)
+def test_heads_may_have_any_size(channels: int, settings: dict[str, int]) -> None:
+    p = cache.problem(page=40, channels=channels)
+    fixed = {k: p[k] for k in ("q", "keys", "values", "table", "lengths")}
+    if settings:
+        for name, scales in (("keys", "ks"), ("values", "vs")):
+            p[name], p[scales], fixed[name] = cache.quantized(p[name], **settings)
+    expected = cache.attend(**fixed, scale=0.25)
+    actual = attend(p, expected.shape, kv_heads=2, value_channels=channels, **settings)
+    np.testing.assert_allclose(actual, expected, atol=2e-6)
