@@ -41,9 +41,10 @@ from hal.ir.cache_plan import CachePlan
 from hal.ir.verify import verify as verify_graph
 from hal.ir.weights import write_weights
 from hal.passes import default_pipeline
-from hal.passes.base import Pipeline
+from hal.passes.base import PassReport, Pipeline
 from hal.passes.cache_layout import CacheLayout
 from hal.passes.pick_positions import PickPositions
+from hal.passes.quantize import Quantize, parse_recipe
 from hal.runtime import verification
 from hal.runtime.arrays import check_inputs
 from hal.runtime.cache_options import CacheOptions, parse_kv_cache
@@ -88,7 +89,9 @@ def compile(
         output: where the bundle goes: a name that ends in ``.hal`` makes one file, any other a
             directory; None keeps it in a temporary folder that goes with the returned object.
         dynamic: names for dynamic axes, ``{"x": {0: "batch"}}``.
-        quantize: weight format; this version keeps the model's own (None).
+        quantize: how to store weights, as ``w4a16-g32:gptq, head=w8a16`` (see
+            :func:`hal.passes.quantize.parse_recipe`); None keeps the model's own. Builds are then
+            verified against the quantized graph: what quantization changes is no error of a build.
         kv_cache: what a language model carries (``auto``, ``latent``, ``expanded``, or
             ``exported``: what its own code does) and how (``contiguous``, ``paged``, ``int8``,
             ``int4``); combined with commas. What to carry is priced for the first target.
@@ -116,10 +119,15 @@ def compile(
         verify_graph(graph)
         in_a_file = isinstance(model, (str, Path)) and not str(model).startswith("python:")
         samples = _user_samples(graph, inputs, strict=in_a_file)
-        reference = job.reference(lambda: verification.reference_for(graph, samples))
+        reference = None
+        if quantize is None:
+            reference = job.reference(lambda: verification.reference_for(graph, samples))
         job.say("running the passes")
         graph, reports = default_pipeline(targets[0].descriptor, options.carry).run(graph)
         _check_cache(graph, kv_cache, options)
+        if quantize is not None:
+            graph, reports = _quantized(job, graph, reports, quantize)
+            reference = job.reference(lambda: verification.reference_for(graph, samples))
         job.say("writing the weights")
         manifest = _describe(graph, {"model": loaded.source}, [r.to_json() for r in reports])
         if isinstance(reference, verification.Reference):
@@ -237,6 +245,19 @@ def _build_all(
     if reference is not None:
         _verify_builds(job, folder, manifest, graph, reference)
         write_manifest(manifest, folder, manifest.files)
+
+
+def _quantized(
+    job: _Job, graph: Graph, reports: list[PassReport], quantize: str
+) -> tuple[Graph, list[PassReport]]:
+    """The graph with its weights in few bits, and the reports with that pass's."""
+
+    def tell(index: int, count: int, name: str) -> None:
+        job.say(f"quantizing {index + 1} of {count}: {name}")
+
+    step = Quantize(parse_recipe(quantize), progress=tell)
+    graph, more = Pipeline("quantization", (step,)).run(graph)
+    return graph, [*reports, *more]
 
 
 def _lowered(graph: Graph, options: CacheOptions) -> Graph:
@@ -443,7 +464,7 @@ def check_options(
         TargetError: a target is unknown, or its backend is absent.
     """
     if quantize is not None:
-        raise InputError(f"quantize={quantize!r} is not available in this version", "leave it out")
+        parse_recipe(quantize)
     parse_kv_cache(kv_cache)
     names: Any = [target] if isinstance(target, str) else target
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):

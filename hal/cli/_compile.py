@@ -70,6 +70,16 @@ def compile_command(
         list[str] | None,
         typer.Option("--dynamic", metavar="NAME:AXIS=SYM", help="A free axis; repeatable."),
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            "--quantize",
+            "-q",
+            metavar="RECIPE",
+            help="Weights in few bits: w8a8, w4a16-g32:hqq, ternary, …; "
+            "single kinds as in w4a16,head=w8a16,embedding=float.",
+        ),
+    ] = None,
     kv_cache: KvCache = None,
     explain: Explain = False,
     no_verify: NoVerify = False,
@@ -91,6 +101,7 @@ def compile_command(
             target=target or ["host"],
             output=output,
             dynamic=free or None,
+            quantize=quantize,
             kv_cache="auto" if kv_cache is None else kv_cache,
             verify=not no_verify,
             fallback=not no_fallback,

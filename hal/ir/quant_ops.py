@@ -16,7 +16,7 @@ ROUND_ACTIVATIONS = "RoundActivations"
 UNPACK_BITS = "UnpackBits"
 
 ROUND_DEFAULTS = {"bits": "8", "block_size": "0"}
-UNPACK_DEFAULTS = {"bits": "3"}
+UNPACK_DEFAULTS = {"bits": "3", "signed": "0"}
 
 ROUND_DOC = (
     "y = round(x / s) * s, with s = max |x| / (2**(bits - 1) - 1) over each block of block_size"
@@ -26,9 +26,10 @@ ROUND_DOC = (
 )
 
 UNPACK_DOC = (
-    "Codes of three bits, one to a byte: packed uint8 [.., K * 3 / 8] -> codes uint8 [.., K], K a"
-    " multiple of 8. A row is two planes: K / 4 bytes with the low two bits of four codes each (the"
-    " first in the lowest bits), then K / 8 bytes with the third bit of eight codes each."
+    "Codes of three bits, one to a byte: packed uint8 [.., K * 3 / 8] -> codes uint8 [.., K], or,"
+    " with signed = 1, int8 and less by 4; K is a multiple of 8. A row is two planes: K / 4 bytes"
+    " with the low two bits of four codes each (the first in the lowest bits), then K / 8 bytes with"
+    " the third bit of eight codes each."
 )
 
 _ROUND = """
@@ -93,9 +94,16 @@ UnpackBits (packed) => (codes)
     high_part = BitShift <direction = "LEFT"> (high_bit, two)
     low_codes = Reshape (low_bits, flat)
     high_codes = Reshape (high_part, flat)
-    codes = BitwiseOr (low_codes, high_codes)
+    plain = BitwiseOr (low_codes, high_codes)
+    {result}
 }}
 """
+
+_PLAIN = "codes = Identity (plain)"
+_SIGNED = """four = Constant <value_int = 4> ()
+    middle_code = Cast <to = 3> (four)
+    as_signed = Cast <to = 3> (plain)
+    codes = Sub (as_signed, middle_code)"""
 
 
 def round_body(attributes: Mapping[str, str]) -> str:
@@ -117,4 +125,4 @@ def unpack_body(attributes: Mapping[str, str]) -> str:
             f"hal::{UNPACK_BITS} with bits={attributes['bits']}",
             "only three bits need it: ONNX has dtypes of 2, 4 and 8",
         )
-    return _UNPACK.format(opset=OPSET)
+    return _UNPACK.format(opset=OPSET, result=_SIGNED if int(attributes["signed"]) else _PLAIN)

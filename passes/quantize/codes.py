@@ -65,8 +65,13 @@ def pack(codes: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Te
 
 
 def pack_three_bits(codes: np.ndarray) -> np.ndarray:
-    """Codes 0..7 uint8 ``[R, C]`` as ``hal::UnpackBits`` reads them: uint8 ``[R, C * 3 / 8]``."""
+    """Codes 0..7 uint8, or -4..3 int8, ``[R, C]`` packed as ``hal::UnpackBits`` reads them.
+
+    Returns uint8 ``[R, C * 3 / 8]``.
+    """
     rows = codes.shape[0]
+    if codes.dtype == np.int8:
+        codes = (codes + np.int8(4)).view(np.uint8)
     low = (codes & 3).reshape(rows, -1, 4) << np.array([0, 2, 4, 6], np.uint8)
     high = (codes >> 2).reshape(rows, -1, 8) << np.arange(8, dtype=np.uint8)
     return np.concatenate(

@@ -25,7 +25,12 @@ DATA_FREE = ("rtn", "hqq")
 KINDS = ("linear", "embedding", "head", "experts")
 """Kinds of layers that a recipe may treat differently; the others follow ``linear``."""
 
-_SIGNED = {8: ir.DataType.INT8, 4: ir.DataType.INT4, 2: ir.DataType.INT2}
+_SIGNED = {
+    8: ir.DataType.INT8,
+    4: ir.DataType.INT4,
+    3: ir.DataType.INT8,
+    2: ir.DataType.INT2,
+}
 _UNSIGNED = {
     8: ir.DataType.UINT8,
     4: ir.DataType.UINT4,
@@ -74,9 +79,8 @@ class Format:
 
     @property
     def dtype(self) -> ir.DataType:
-        """Dtype of the codes in the graph. Three-bit codes are unsigned bytes once unpacked."""
-        signed = self.symmetric and self.bits in _SIGNED
-        return _SIGNED[self.bits] if signed else _UNSIGNED[self.bits]
+        """Dtype of the codes in the graph; three-bit codes are bytes once unpacked."""
+        return (_SIGNED if self.symmetric else _UNSIGNED)[self.bits]
 
     def bits_per_weight(self, columns: int) -> float:
         """Bits that one weight of rows of ``columns`` takes, scales and zero points included."""
@@ -180,8 +184,9 @@ def parse_setting(text: str) -> Setting | None:
 def parse_recipe(text: str) -> Recipe:
     """Read ``SETTING[, KIND=SETTING …]``, kinds ``embedding``, ``head`` and ``experts``.
 
-    Experts follow the first setting. Embedding and head do so from 8 bits up; below, they are kept
-    at ``w8a16`` with the same activations, since they carry most of the damage for few bytes.
+    Experts follow the first setting, symmetric, and with 8 bits with a scale for each row. Embedding
+    and head follow it from 8 bits up; below, they are kept at 8 bits with the same activations,
+    since they carry most of the damage for few bytes.
 
     Raises:
         InputError: a part does not parse.
@@ -196,7 +201,12 @@ def parse_recipe(text: str) -> Recipe:
         embedding = dataclasses.replace(
             kept, format=dataclasses.replace(kept.format, activations=16)
         )
-    recipe = Recipe(linear, embedding, kept, linear)
+    experts = linear
+    if experts is not None:
+        group = 0 if experts.format.bits == 8 else experts.format.group
+        plain = dataclasses.replace(experts.format, group=group, symmetric=True, activations=16)
+        experts = dataclasses.replace(experts, format=plain)
+    recipe = Recipe(linear, embedding, kept, experts)
     for other in others:
         kind, equals, setting = other.partition("=")
         kind = kind.strip().lower()

@@ -86,6 +86,6 @@ def _codes(blocks: np.ndarray, scale: np.ndarray, zero: np.ndarray, form: Format
         inverse = 1 / scale
     inverse[~np.isfinite(inverse)] = 0
     codes = np.rint(blocks * inverse[:, None])
-    if form.symmetric and form.bits != 3:
+    if form.symmetric:
         return np.clip(codes, form.lowest, form.highest)
     return np.clip(codes + zero[:, None], 0, form.levels)

@@ -13,12 +13,15 @@ from hal.ir import Graph
 from hal.ir.ops import ensure_functions
 from hal.passes._edit import remove_unused
 from hal.passes.base import Outcome, Pass
+from hal.passes.quantize.calibration import Calibration, Statistics
 from hal.passes.quantize.codes import Codes
 from hal.passes.quantize.formats import DATA_FREE, Recipe, Setting
+from hal.passes.quantize.gptq import gptq
 from hal.passes.quantize.hqq import half_quadratic
 from hal.passes.quantize.layers import Layer, find_layers, unknown_layer
 from hal.passes.quantize.rewrite import put, rounds_activations
 from hal.passes.quantize.rtn import round_to_nearest
+from hal.passes.quantize.streaming import Seen, Streaming, find_stages, input_of
 
 METADATA_KEY = "quantization"
 """Where the graph's metadata says what was done: see :class:`LayerReport`."""
@@ -65,6 +68,7 @@ class Quantize(Pass):
     recipe: Recipe
     settings: Mapping[str, Setting | None] = dataclasses.field(default_factory=dict)
     progress: Progress | None = None
+    calibration: Calibration | None = None
 
     def __str__(self) -> str:
         """The pass with its recipe."""
@@ -79,18 +83,19 @@ class Quantize(Pass):
         """
         layers = find_layers(graph)
         chosen = self._choose(layers)
-        reports: list[LayerReport] = []
         before = graph.weight_bytes()
-        for index, (layer, setting, reason) in enumerate(chosen):
-            if self.progress is not None:
-                self.progress(index, len(chosen), layer.name)
+        work = _Work(graph, self, len(chosen))
+        looking: dict[str, tuple[Layer, Setting, str]] = {}
+        for layer, setting, reason in chosen:
             if setting is None:
-                reports.append(_kept(layer, reason))
-                continue
-            weight = matrix(layer)
-            codes = quantize_matrix(weight, setting)
-            reports.append(_report(layer, setting, weight, codes, reason))
-            put(graph, layer, codes)
+                work.keep(layer, reason)
+            elif setting.method in DATA_FREE or input_of(layer) is None:
+                work.quantize(layer, _data_free(setting, self.calibration), reason)
+            else:
+                looking[layer.name] = layer, setting, reason
+        if looking:
+            self._calibrated(work, looking)
+        reports = [work.reports[layer.name] for layer in layers]
         remove_unused(graph)
         ensure_functions(graph.model)
         graph.metadata[METADATA_KEY] = _summary(self.recipe, reports)
@@ -103,6 +108,18 @@ class Quantize(Pass):
                 "weights": f"{graph.weight_bytes() / before:.1%} of the bytes",
             },
         )
+
+    def _calibrated(self, work: _Work, looking: Mapping[str, tuple[Layer, Setting, str]]) -> None:
+        """Quantize the layers whose methods look at data."""
+        if self.calibration is None:
+            raise _needs_data(next(iter(looking.values()))[1])
+        stages = find_stages(work.graph, [layer for layer, _, _ in looking.values()])
+
+        def visit(layer: Layer, seen: Seen) -> None:
+            _, setting, reason = looking[layer.name]
+            work.quantize(layer, setting, reason, seen)
+
+        Streaming(work.graph, self.calibration, stages, True, work.original).run(visit)
 
     def _choose(self, layers: list[Layer]) -> list[tuple[Layer, Setting | None, str]]:
         names = {layer.name for layer in layers}
@@ -156,8 +173,10 @@ def matrix(layer: Layer) -> np.ndarray:
     return array
 
 
-def quantize_matrix(weight: np.ndarray, setting: Setting) -> Codes:
-    """Codes for a matrix ``[R, C]`` by a method that looks at nothing else.
+def quantize_matrix(
+    weight: np.ndarray, setting: Setting, statistics: Statistics | None = None
+) -> Codes:
+    """Codes for a matrix ``[R, C]``.
 
     Raises:
         InputError: the method needs calibration.
@@ -166,7 +185,55 @@ def quantize_matrix(weight: np.ndarray, setting: Setting) -> Codes:
         return round_to_nearest(weight, setting.format)
     if setting.method == "hqq":
         return half_quadratic(weight, setting.format)
-    raise InputError(
+    if statistics is None:
+        raise _needs_data(setting)
+    return gptq(weight, setting.format, statistics)
+
+
+class _Work:
+    """Layers quantized one at a time, with reports of them."""
+
+    def __init__(self, graph: Graph, quantize: Quantize, count: int) -> None:
+        self.graph, self.reports = graph, dict[str, LayerReport]()
+        self.original = graph.clone()
+        self._progress, self._count = quantize.progress, count
+
+    def keep(self, layer: Layer, reason: str) -> None:
+        """Leave a layer in floating point."""
+        self._begin(layer)
+        self.reports[layer.name] = _kept(layer, reason)
+
+    def quantize(
+        self, layer: Layer, setting: Setting, reason: str, seen: Seen | None = None
+    ) -> None:
+        """Quantize a layer, with what it has ``seen`` if the method looks at data."""
+        self._begin(layer)
+        weight = matrix(layer)
+        statistics = None
+        if seen is not None:
+            form = setting.format
+            rounding = form.group if form.activations == 8 else None
+            statistics = seen.statistics(layer, weight, rounding)
+        codes = quantize_matrix(weight, setting, statistics)
+        self.reports[layer.name] = _report(layer, setting, weight, codes, reason)
+        put(self.graph, layer, codes)
+
+    def _begin(self, layer: Layer) -> None:
+        if self._progress is not None:
+            self._progress(len(self.reports), self._count, layer.name)
+
+
+def _data_free(setting: Setting, calibration: Calibration | None) -> Setting:
+    """The method for a layer without inputs to look at."""
+    if setting.method in DATA_FREE:
+        return setting
+    if calibration is None:
+        raise _needs_data(setting)
+    return dataclasses.replace(setting, method="rtn")
+
+
+def _needs_data(setting: Setting) -> InputError:
+    return InputError(
         f"method {setting.method!r} needs calibration data",
         f"give some, or use {' or '.join(DATA_FREE)}",
     )
@@ -202,5 +269,6 @@ def _summary(recipe: Recipe, reports: list[LayerReport]) -> dict[str, Any]:
     return {
         "recipe": str(recipe),
         "bits_per_weight": sum(r.bits * r.weights for r in reports) / max(total, 1),
+        "activations": 8 if any("a8" in r.format for r in reports) else 16,
         "layers": [dataclasses.asdict(r) for r in reports],
     }

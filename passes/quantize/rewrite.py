@@ -59,8 +59,9 @@ def _stored(edit: Editor, base: str, codes: Codes, shape: tuple[int, ...]) -> ir
         return edit.tensor(pack(codes.codes, form.dtype, shape), f"{base}.codes")
     packed = pack_three_bits(codes.codes).reshape(*shape[:-1], shape[-1] * 3 // 8)
     value = edit.tensor(ir.Tensor(packed), f"{base}.codes")
-    unpacked = edit.op(UNPACK_BITS, [value], {"bits": 3}, domain=HAL_DOMAIN)
-    unpacked.type, unpacked.shape = ir.TensorType(ir.DataType.UINT8), ir.Shape(shape)
+    signed = int(form.symmetric)
+    unpacked = edit.op(UNPACK_BITS, [value], {"bits": 3, "signed": signed}, domain=HAL_DOMAIN)
+    unpacked.type, unpacked.shape = ir.TensorType(form.dtype), ir.Shape(shape)
     return unpacked
 
 

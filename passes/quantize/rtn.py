@@ -40,9 +40,9 @@ def round_to_nearest(
     if importance is not None:
         weights = in_blocks(np.maximum(importance, 1e-12)[None], form.group).astype(np.float32)
     count, length = blocks.shape
-    codes = np.empty((count, length), np.int8 if form.symmetric and form.bits != 3 else np.uint8)
+    codes = np.empty((count, length), np.int8 if form.symmetric else np.uint8)
     scale = np.empty(count, np.float16)
-    zero = None if form.symmetric and form.bits != 3 else np.empty(count, np.uint8)
+    zero = None if form.symmetric else np.empty(count, np.uint8)
     per_row = count // rows
 
     def work(start: int) -> None:
@@ -54,9 +54,7 @@ def round_to_nearest(
         found, scales, zeros = solve(blocks[part], form, each)
         scale[part] = scales
         if zero is not None:
-            zero[part] = (1 << (form.bits - 1)) if zeros is None else zeros
-            if zeros is None:
-                found = found + np.float32(1 << (form.bits - 1))
+            zero[part] = zeros
         codes[part] = found.astype(codes.dtype)
 
     step = max(1, _AT_ONCE // length)

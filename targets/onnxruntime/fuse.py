@@ -1,4 +1,4 @@
-"""Ops of ONNX Runtime's own domain that pay: ``QuickGelu`` for ``Swish`` and ``SwiGLU``, ``MoE``.
+"""Ops of ONNX Runtime's own domain that pay: ``QuickGelu``, ``MoE``, kernels of quantized weights.
 
 The runtime fuses most things itself; these rewrites cover what it does not see. It has kernels for
 the recurrent ops of ONNX too, under its own domain.
@@ -10,11 +10,13 @@ import numpy as np
 import onnx_ir as ir
 
 from hal.targets.onnxruntime.moe import CONTRIB, fuse_experts
+from hal.targets.onnxruntime.quantized import fuse_quantized
 
 
 def fuse(model: ir.Model) -> ir.Model:
     """Rewrite ``model`` in place and return it. Values keep their names."""
-    changed = fuse_experts(model)
+    changed = fuse_quantized(model)
+    changed |= fuse_experts(model)
     for node in list(model.graph.all_nodes()):
         if node.domain == "" and node.op_type in ("Swish", "SwiGLU"):
             changed |= _swish(node)

@@ -41,6 +41,14 @@ def fuse_experts(model: ir.Model) -> bool:
 
 
 def _fits(node: ir.Node) -> bool:
+    weights = node.inputs[3:5]
+    return takes_part(node) and all(
+        v is not None and v.const_value is not None and v.is_initializer() for v in weights
+    )
+
+
+def takes_part(node: ir.Node) -> bool:
+    """Whether the runtime's op can choose and weigh as this mixture of experts does."""
     x, index, weight, gate_up, down = node.inputs
     if x is None or index is None or weight is None or gate_up is None or down is None:
         return False
@@ -50,9 +58,6 @@ def _fits(node: ir.Node) -> bool:
     return (
         node.attributes.get_string("activation", "silu") == "silu"
         and isinstance(chosen, int)
-        and gate_up.const_value is not None
-        and gate_up.is_initializer()
-        and down.is_initializer()
         and never_negative(weight)
     )
 
@@ -94,23 +99,20 @@ _IF_INPUTS: dict[str, slice] = {
 
 
 def _rewrite(graph: ir.Graph, node: ir.Node, repacked: dict[ir.Value, ir.Value]) -> None:
-    x, index, weight, gate_up, down = node.inputs
-    assert x is not None
-    assert index is not None
+    x, _, _, gate_up, down = node.inputs
     assert gate_up is not None
     assert gate_up.const_value is not None
-    assert index.shape is not None
     experts = int(gate_up.const_value.shape.numpy()[0])
     if gate_up not in repacked:
         repacked[gate_up] = _interleaved(graph, gate_up)
     result = node.outputs[0]
-    emit = _Emitter(result.name or "experts")
-    logits, total = _logits(emit, x, index, weight, experts)
+    emit = Emitter(result.name or "experts")
+    logits, total, chosen = router_logits(emit, node, experts)
     fused = emit(
         "MoE",
         [x, logits, repacked[gate_up], None, down],
         domain=CONTRIB,
-        k=index.shape[1],
+        k=chosen,
         activation_type="swiglu",
         swiglu_fusion=1,
         activation_alpha=1.0,
@@ -121,10 +123,16 @@ def _rewrite(graph: ir.Graph, node: ir.Node, repacked: dict[ir.Value, ir.Value])
     ir.convenience.replace_nodes_and_values(graph, node, [node], emit.nodes, [result], [scaled])
 
 
-def _logits(
-    emit: _Emitter, x: ir.Value, index: ir.Value, weight: ir.Value | None, experts: int
-) -> tuple[ir.Value, ir.Value]:
-    """Router logits ``[tokens, experts]``, and the sum of each token's weights ``[tokens, 1]``."""
+def router_logits(emit: Emitter, node: ir.Node, experts: int) -> tuple[ir.Value, ir.Value, int]:
+    """Router logits ``[tokens, experts]``, the sum of each token's weights ``[tokens, 1]``, and k.
+
+    The node is one that :func:`takes_part`.
+    """
+    x, index, weight = node.inputs[:3]
+    assert index is not None
+    assert index.shape is not None
+    chosen = index.shape[1]
+    assert isinstance(chosen, int)
     zero, zero_index = emit.constant(np.float32(0)), emit.constant(np.int64(0))
     above = emit("GreaterOrEqual", [index, zero_index], dtype=ir.DataType.BOOL)
     below = emit("Less", [index, emit.constant(np.int64(experts))], dtype=ir.DataType.BOOL)
@@ -138,10 +146,10 @@ def _logits(
     dense = emit("ScatterElements", [empty, place, used], axis=1, reduction="add")
     logits = emit("Max", [emit("Log", [dense]), emit.constant(np.float32(_NEVER))])
     total = emit("ReduceSum", [used, emit.constant(np.array([1], np.int64))], keepdims=1)
-    return logits, total
+    return logits, total, chosen
 
 
-class _Emitter:
+class Emitter:
     """Collects new nodes whose values are named after the one that they replace."""
 
     def __init__(self, prefix: str) -> None:
@@ -158,6 +166,7 @@ class _Emitter:
         like: ir.Value | None = None,
         **attributes: Any,
     ) -> ir.Value:
+        """A new node's only output."""
         node = ir.node(op_type, inputs, attributes=attributes, domain=domain)
         node.name = f"{self._prefix}/{op_type}_{len(self.nodes)}"
         output = node.outputs[0]

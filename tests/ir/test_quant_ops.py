@@ -49,6 +49,8 @@ def test_three_bit_codes_come_out_of_their_two_planes() -> None:
     packed = np.concatenate([low.sum(-1), high.sum(-1)], -1).astype(np.uint8)
     y = run("g (uint8[A,B,C] x) => (uint8[A,B,D] y) { y = hal.UnpackBits (x) }", packed)
     np.testing.assert_array_equal(y, codes)
+    y = run("g (uint8[A,B,C] x) => (int8[A,B,D] y) { y = hal.UnpackBits <signed = 1> (x) }", packed)
+    np.testing.assert_array_equal(y, codes.astype(np.int8) - 4)
 
 
 @pytest.mark.parametrize(
