@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 from tvm import te, tirx
 
+from hal.kernels import batched_matmul as batched_kernels
 from hal.kernels import matmul as kernels
 from hal.targets.tvm.converters.elementwise import broadcast_index, elementwise
 from hal.targets.tvm.converters.shape import reshaped, transposed
@@ -29,7 +30,9 @@ def matrix_product(op: Op, a: Operand, b: Operand) -> Operand:
         raise Refused("MatMul of a scalar")
     left = reshaped(op, a, [1, *a.shape]) if a.rank == 1 else a
     right = reshaped(op, b, [*b.shape, 1]) if b.rank == 1 else b
-    result = _with_weights(op, left, right) or _batched(op, left, right)
+    result = (
+        _with_weights(op, left, right) or _per_head(op, left, right) or _batched(op, left, right)
+    )
     dims = list(result.shape)
     if a.rank == 1:
         del dims[-2]
@@ -52,6 +55,18 @@ def _with_weights(op: Op, a: Operand, b: Operand) -> Operand | None:
     flat = reshaped(op, a, [rows, k])
     result = op.context.call_kernel(kernel, [flat, b], [([rows, n], "float32")], "matmul")[0]
     return reshaped(op, result, [*a.shape[:-1], n])
+
+
+def _per_head(op: Op, a: Operand, b: Operand) -> Operand | None:
+    """The blocked kernel for a matrix of static shape for each head of ``[batch, heads, m, k]``."""
+    if a.rank != 4 or b.rank != 3 or a.stored != "float32" or b.stored != "float32":
+        return None
+    if not all(isinstance(d, int) for d in b.shape) or a.shape[1] != b.shape[0]:
+        return None
+    heads, k, n = b.shape
+    kernel = batched_kernels.per_head(heads, k, n, op.context.shaping.lanes)
+    shape = [*a.shape[:3], n]
+    return op.context.call_kernel(kernel, [a, b], [(shape, "float32")], "matmul_per_head")[0]
 
 
 def _batched(op: Op, a: Operand, b: Operand) -> Operand:
