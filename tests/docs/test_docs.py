@@ -31,6 +31,8 @@ NOT_RUN = {
     "train_reference_model.py",  # the same, of a larger model that goes to the cache
     "reference_text.py",
     "training.py",
+    "train_digits.py",  # run in tests/examples
+    "compare_embeddings.py",
 }
 EXAMPLES = sorted({p.name for p in (ROOT / "examples").glob("*.py")} - NOT_RUN)
 
