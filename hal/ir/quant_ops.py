@@ -28,8 +28,8 @@ ROUND_DOC = (
 UNPACK_DOC = (
     "Codes of three bits, one to a byte: packed uint8 [.., K * 3 / 8] -> codes uint8 [.., K], or,"
     " with signed = 1, int8 and less by 4; K is a multiple of 8. A row is two planes: K / 4 bytes"
-    " with the low two bits of four codes each (the first in the lowest bits), then K / 8 bytes with"
-    " the third bit of eight codes each."
+    " with the low two bits of four codes each (the first in the lowest bits), then K / 8 bytes"
+    " with the third bit of eight codes each."
 )
 
 _ROUND = """

@@ -184,7 +184,7 @@ def parse_setting(text: str) -> Setting | None:
 def parse_recipe(text: str) -> Recipe:
     """Read ``SETTING[, KIND=SETTING …]``, kinds ``embedding``, ``head`` and ``experts``.
 
-    Experts follow the first setting, symmetric, and with 8 bits with a scale for each row. Embedding
+    Experts follow the first setting, symmetric, and with one scale a row from 8 bits up. Embedding
     and head follow it from 8 bits up; below, they are kept at 8 bits with the same activations,
     since they carry most of the damage for few bytes.
 

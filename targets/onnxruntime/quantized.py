@@ -122,11 +122,11 @@ def _block(node: ir.Node, shape: tuple[int, ...]) -> int | None:
     axis = node.attributes.get_int("axis", 1)
     size = node.attributes.get_int("block_size", 0)
     by_row = size == 0 and axis in (0, -2) and len(shape) == 2
-    if by_row or size == shape[-1]:
-        return _LARGEST_BLOCK
-    if axis not in (-1, len(shape) - 1) or size < 16 or size & (size - 1):
-        return None
-    return size
+    known = size >= 16 and not size & (size - 1)
+    if by_row or (size == shape[-1] and not known):
+        fitting = [b for b in (128, 64, 32, 16) if shape[-1] % b == 0]
+        return fitting[0] if fitting else _LARGEST_BLOCK
+    return size if known and axis in (-1, len(shape) - 1) else None
 
 
 @dataclasses.dataclass(frozen=True)
