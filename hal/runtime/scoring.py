@@ -118,6 +118,24 @@ class Predicts(Protocol):
         """Logits ``[len(ids), vocab]``; row ``i`` is about the token after ``ids[i]``."""
 
 
+class Recorded:
+    """A reference whose logits are kept, so that many candidates are compared and it runs once.
+
+    Takes ``4 * vocab`` bytes for each position, as long as it lives: for a few thousand tokens.
+    """
+
+    def __init__(self, session: Predicts) -> None:
+        self._session = session
+        self._kept: dict[bytes, np.ndarray] = {}
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """What the session gave for these ``ids`` the first time."""
+        key = np.asarray(ids, np.int64).tobytes()
+        if key not in self._kept:
+            self._kept[key] = self._session.logits(ids)
+        return self._kept[key]
+
+
 def score_text(
     session: Predicts,
     ids: np.ndarray,

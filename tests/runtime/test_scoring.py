@@ -103,6 +103,15 @@ def test_large_vocabularies_are_read_in_slices(monkeypatch: pytest.MonkeyPatch) 
     assert sliced.comparison.kl_p99 == pytest.approx(whole.comparison.kl_p99)
 
 
+def test_a_recorded_reference_runs_once_for_many_candidates() -> None:
+    reference = Table(1)
+    recorded = scoring.Recorded(reference)
+    ids = tokens(20)
+    first, second = (score_text(Table(0), ids, window=8, against=recorded) for _ in range(2))
+    assert len(reference.fed) == 3
+    assert first == second == score_text(Table(0), ids, window=8, against=Table(1))
+
+
 def test_progress_is_told_after_each_window() -> None:
     told: list[tuple[int, int]] = []
     score_text(Table(0), tokens(7), window=2, progress=lambda *at: told.append(at))
