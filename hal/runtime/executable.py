@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hal.errors import TargetError
 from hal.targets.backend import Executable
 
 
@@ -18,6 +19,7 @@ class SegmentedExecutable(Executable):
     ) -> None:
         self._parts = parts
         self._outputs = outputs
+        self._closed = False
         last: dict[str, int] = {}
         for index, (_, inputs, _) in enumerate(parts):
             for name in inputs:
@@ -29,7 +31,12 @@ class SegmentedExecutable(Executable):
         ]
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Run all segments on the graph's inputs, state included."""
+        """Run all segments on the graph's inputs, state included.
+
+        Raises:
+            TargetError: the executable was closed, or a segment failed.
+        """
+        self.require_open()
         values = dict(inputs)
         for (part, names, _), dead in zip(self._parts, self._dead, strict=True):
             values.update(part.run({name: values[name] for name in names}))
@@ -39,5 +46,15 @@ class SegmentedExecutable(Executable):
 
     def close(self) -> None:
         """Close every segment."""
+        self._closed = True
         for part, _, _ in self._parts:
             part.close()
+
+    def require_open(self) -> None:
+        """Refuse what a closed session cannot do.
+
+        Raises:
+            TargetError: the executable was closed.
+        """
+        if self._closed:
+            raise TargetError("the session is closed", "open a new one: bundle.session()")

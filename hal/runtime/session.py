@@ -251,6 +251,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget the carried state; the next call starts at position 0."""
+        self.executable.require_open()
         for row in reversed(self._rows):
             self._state.remove(row)
         self._rows = []
@@ -262,6 +263,7 @@ class Session:
             InputError: a row holds fewer; some state is of fixed size, which cannot be taken back;
                 or a sliding window has forgotten what that needs.
         """
+        self.executable.require_open()
         if not is_whole(length):
             raise InputError(f"trim({length!r}) is no length", "pass a whole number of tokens")
         if not self._rows and length:
@@ -277,6 +279,7 @@ class Session:
 
         Both use the same loaded build: call one at a time.
         """
+        self.executable.require_open()
         forked = copy.copy(self)
         if self._state.store is not None and self._state.store.paged:
             forked._rows = [self._state.fork(row) for row in self._rows]
@@ -290,6 +293,7 @@ class Session:
         Raises:
             InputError: rows differ in length.
         """
+        self.executable.require_open()
         if not self._rows:
             return {}
         if len(set(self.lengths)) > 1:
@@ -312,6 +316,7 @@ class Session:
 
     def add_row(self, tokens: int, states: Mapping[str, tuple[np.ndarray, int]]) -> None:
         """Give the batch one more row, filled with states in neutral form."""
+        self.executable.require_open()
         row = self._state.add()
         self._state.load(row, tokens, states)
         self._rows.append(row)
@@ -330,6 +335,7 @@ class Session:
         Raises:
             InputError: the number of ids is not that of the tokens seen.
         """
+        self.executable.require_open()
         return saved_state.export_state(self, token_ids)
 
     def import_state(self, state: SavedState | str | Path) -> SavedState:
@@ -341,6 +347,7 @@ class Session:
         Raises:
             InputError: the state is of another model, or its file is damaged or missing.
         """
+        self.executable.require_open()
         if not isinstance(state, SavedState):
             state = SavedState.load(state)
         saved_state.import_state(self, state)
@@ -397,7 +404,7 @@ class Session:
         return generate_batch(self, prompts, **options)
 
     def close(self) -> None:
-        """Release the executable."""
+        """Release the executable; every later call is a TargetError that says so."""
         self.executable.close()
 
     def __enter__(self) -> Self:

@@ -38,7 +38,7 @@ def create_app(model: Model, options: ServerOptions | None = None) -> FastAPI:
         yield
         await run_in_threadpool(model.close, server.drain_seconds)
 
-    app = FastAPI(title="hal", lifespan=lifespan)
+    app = FastAPI(title="hal", lifespan=lifespan, redirect_slashes=False)
     app.add_middleware(Gate, options=server)
     add_handlers(app)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +218,23 @@ def test_forks_go_their_own_ways(language_model: Compiled, layout: str) -> None:
     first.reset()
     third.run(step)
     assert (first.position, third.position) == (0, 8)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda session: session.run({"input_ids": NEXT}),
+        lambda session: session.export_state(),
+        lambda session: session.export_arrays(),
+        lambda session: session.import_state("nowhere"),
+        lambda session: session.fork(),
+        lambda session: session.trim(1),
+        lambda session: session.reset(),
+    ],
+)
+def test_a_closed_session_says_so(language_model: Compiled, use: Callable[[Any], Any]) -> None:
+    _, bundle = language_model
+    session = said(bundle)
+    session.close()
+    with pytest.raises(hal.TargetError, match="the session is closed"):
+        use(session)

@@ -161,6 +161,7 @@ def test_unknown_paths_and_methods(server: Running) -> None:
     refused(httpx.get(f"{server.address}/v1/nothing"), 404)
     refused(httpx.get(f"{server.address}{CHAT}"), 405)
     refused(httpx.post(f"{server.address}/metrics"), 405)
+    refused(server.post(f"{PLAIN}/", {"model": "tiny", "prompt": "x"}), 404)
 
 
 def test_the_server_is_as_before(server: Running) -> None:
