@@ -1,0 +1,348 @@
+"""Walk through a model segment by segment, with what has been quantized already quantized.
+
+Each *stage* is one value that products with quantized weights read. The walk computes that value
+for all samples from the few values that are live before it, takes the statistics, lets the caller
+quantize the stage's layers, and goes on through the graph as it is then. So every node runs once
+for each sample, and what is held is the live values between two stages: the residual stream and
+the value itself. A second walk over the float graph, in step with the first, tells by how much
+earlier rounding has moved the inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from hal.ir import Graph
+from hal.ir.evaluate import Evaluator
+from hal.ir.view import used_values
+from hal.passes._edit import is_constant, is_op
+from hal.passes.quantize.calibration import Calibration, Statistics
+from hal.passes.quantize.layers import Layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A value, by name, and the layers whose products read it."""
+
+    value: str
+    layers: tuple[Layer, ...]
+
+
+def find_stages(graph: Graph, layers: Iterable[Layer]) -> list[Stage]:
+    """Group layers by the input of their first product, in the order of the graph.
+
+    Experts are grouped by the input of the whole op; a weight that is only looked up has no stage.
+    """
+    order = {node: i for i, node in enumerate(graph.graph)}
+    groups: dict[ir.Value, list[Layer]] = {}
+    for layer in layers:
+        value = input_of(layer)
+        if value is not None:
+            groups.setdefault(value, []).append(layer)
+
+    def position(value: ir.Value) -> int:
+        producer = value.producer()
+        return -1 if producer is None else order[producer]
+
+    return [Stage(value.name or "", tuple(groups[value])) for value in sorted(groups, key=position)]
+
+
+def input_of(layer: Layer) -> ir.Value | None:
+    """The value that the layer's weight is multiplied with, if it is a value of the main graph."""
+    for node in layer.products:
+        if node.graph is layer.weight.graph:
+            return node.inputs[0]
+    if layer.kind == "experts":
+        node = layer.uses[0]
+        reads_x = node.inputs[3] is layer.weight
+        return node.inputs[0] if reads_x else None
+    return None
+
+
+def added_to(layer: Layer) -> str | None:
+    """The value that the layer's result is added to (the residual stream), if there is one."""
+    if len(layer.products) != 1:
+        return None
+    value = layer.products[0].outputs[0]
+    for _ in range(2):
+        uses = value.uses()
+        if value.is_graph_output() or len(uses) != 1 or not is_op(uses[0].node, "Add"):
+            return None
+        node = uses[0].node
+        other = node.inputs[1 - uses[0].idx]
+        if other is not None and not is_constant(other):
+            return other.name
+        value = node.outputs[0]
+    return None
+
+
+class Walk:
+    """Values of all samples at one place of ``graph``, which moves forward.
+
+    The graph may be edited between two moves, behind the place reached, as long as values keep
+    their names.
+    """
+
+    def __init__(self, graph: Graph, calibration: Calibration, stages: list[Stage]) -> None:
+        self._graph = graph
+        self._folder = tempfile.TemporaryDirectory(prefix="hal-calibration-")
+        self._store = _Store(Path(self._folder.name), calibration.spill_bytes)
+        self._count = len(calibration.samples)
+        self._live = {name for sample in calibration.samples for name in sample}
+        for index, sample in enumerate(calibration.samples):
+            for name, array in sample.items():
+                self._store.put(index, name, array)
+        self._todo = [stage.value for stage in stages]
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._store = _Store(Path(self._folder.name), 0)
+        self._folder.cleanup()
+
+    def has(self, name: str) -> bool:
+        """Whether ``name`` is among the values held."""
+        return name in self._live
+
+    def value(self, sample: int, name: str) -> Any:
+        """A value of one sample."""
+        return self._store.get(sample, name)
+
+    def move(self, target: str) -> None:
+        """Compute ``target``; drop what nothing later needs."""
+        values = {v.name: v for v in _values(self._graph)}
+        later = self._todo[self._todo.index(target) :]
+        self._todo = later[1:]
+        nodes = _ancestors([values[target]], self._live)
+        rest = set(_ancestors([values[t] for t in later], self._live)) - set(nodes)
+        fixed = _fixed(
+            self._graph
+        )  # computed again where needed: a weight is larger than its codes
+        needed = {v.name for n in rest for v in used_values(n)} | set(later)
+        made = {v.name: v for n in nodes if n not in fixed for v in n.outputs if v.name in needed}
+        if nodes:
+            weights = _weights(self._graph, nodes, fixed)
+            nodes = [node for node in nodes if node not in fixed]
+            inputs = self._live | set(weights)
+            run = Evaluator(_segment(self._graph, nodes, inputs, list(made.values())))
+            given = {v.name for n in nodes for v in used_values(n)} & self._live
+            for index in range(self._count):
+                feeds = {name: self._store.get(index, name or "") for name in given} | weights
+                for name, value in run(feeds).items():
+                    self._store.put(index, name, value)
+                self._drop(index, needed)
+        else:
+            for index in range(self._count):
+                self._drop(index, needed)
+        self._live = {name for name in self._live | set(made) if name in needed}
+
+    def _drop(self, index: int, needed: set[str | None]) -> None:
+        for name in self._live - needed:
+            self._store.drop(index, name)
+
+
+def _values(graph: Graph) -> Iterable[ir.Value]:
+    yield from graph.graph.inputs
+    for node in graph.graph:
+        yield from node.outputs
+
+
+def _ancestors(values: Iterable[ir.Value], live: set[str]) -> list[ir.Node]:
+    """Nodes that make ``values`` from those that are ``live``, in the order of the graph."""
+    seen: set[ir.Node] = set()
+    todo = [v for v in values if v.name not in live]
+    while todo:
+        node = todo.pop().producer()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [v for v in used_values(node) if v.name not in live]
+    graph = next(iter(seen)).graph if seen else None
+    return [node for node in graph if node in seen] if graph is not None else []
+
+
+def _fixed(graph: Graph) -> set[ir.Node]:
+    """Nodes that depend on weights and constants only."""
+    found: set[ir.Node] = set()
+    for node in graph.graph:
+        used = list(used_values(node))
+        if all(v.is_initializer() or v.producer() in found for v in used):
+            found.add(node)
+    return found
+
+
+def _weights(graph: Graph, nodes: list[ir.Node], fixed: set[ir.Node]) -> dict[str | None, Any]:
+    """What the nodes among ``fixed`` compute for the others: dequantized weights, mostly."""
+    inside = [node for node in nodes if node in fixed]
+    made = {v for node in inside for v in node.outputs}
+    wanted = dict.fromkeys(
+        v for node in nodes if node not in fixed for v in used_values(node) if v in made
+    )
+    if not wanted:
+        return {}
+    return dict(Evaluator(_segment(graph, inside, set(), list(wanted)))({}))
+
+
+def _segment(graph: Graph, nodes: list[ir.Node], live: set[str], outputs: list[ir.Value]) -> Graph:
+    """Nodes as a graph of their own; weights are shared."""
+    used = dict.fromkeys(v for node in nodes for v in used_values(node))
+    view = ir.GraphView(
+        [v for v in used if v.name in live],
+        outputs,
+        nodes=nodes,
+        initializers=[v for v in used if v.is_initializer() and v.name not in live],
+        opset_imports=graph.graph.opset_imports,
+        name="segment",
+    )
+    functions = [f.clone() for f in graph.model.functions.values()]
+    return Graph(ir.Model(view.clone(), ir_version=graph.model.ir_version, functions=functions))
+
+
+class _Store:
+    """Values by sample and name; when memory for them is used up, in files."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._folder, self._left = folder, limit
+        self._kept: dict[tuple[int, str], Any] = {}
+        self._count = 0
+
+    def put(self, index: int, name: str, value: Any) -> None:
+        self.drop(index, name)
+        size = value.nbytes if isinstance(value, np.ndarray) else 0
+        if isinstance(value, np.ndarray) and value.dtype.isbuiltin == 1 and size > self._left:
+            path = self._folder / f"{self._count}.npy"
+            self._count += 1
+            np.save(path, value)
+            self._kept[index, name] = path
+            return
+        self._left -= size
+        self._kept[index, name] = value
+
+    def get(self, index: int, name: str) -> Any:
+        value = self._kept[index, name]
+        return np.load(value) if isinstance(value, Path) else value
+
+    def drop(self, index: int, name: str) -> None:
+        value = self._kept.pop((index, name), None)
+        if isinstance(value, Path):
+            value.unlink()
+        elif isinstance(value, np.ndarray):
+            self._left += value.nbytes
+
+
+@dataclasses.dataclass
+class Streaming:
+    """Both walks, of the graph that is being quantized and of the float one, stage by stage.
+
+    ``correct`` asks for :attr:`Statistics.shift`; without it there is no second walk.
+    """
+
+    graph: Graph
+    calibration: Calibration
+    stages: list[Stage]
+    correct: bool = True
+    float_graph: Graph | None = None
+
+    def run(self, visit: Callable[[Layer, Seen], None]) -> None:
+        """Call ``visit`` for every layer, which quantizes it in ``graph``."""
+        walk = Walk(self.graph, self.calibration, self.stages)
+        other = None
+        if self.correct:
+            assert self.float_graph is not None
+            other = Walk(self.float_graph, self.calibration, self.stages)
+        try:
+            for stage in self.stages:
+                walk.move(stage.value)
+                if other is not None:
+                    other.move(stage.value)
+                seen = Seen(walk, other, stage.value, len(self.calibration.samples))
+                for layer in stage.layers:
+                    visit(layer, seen)
+        finally:
+            walk.close()
+            if other is not None:
+                other.close()
+
+
+class Seen:
+    """Statistics of one stage; layers that share their input share the Gram matrix."""
+
+    def __init__(self, walk: Walk, other: Walk | None, value: str, samples: int) -> None:
+        self._walk, self._other, self._value, self._samples = walk, other, value, samples
+        self._grams: dict[int | None, tuple[np.ndarray, int]] = {}
+        self._cross: dict[int | None, np.ndarray] = {}
+
+    def statistics(
+        self, layer: Layer, weight: np.ndarray, rounding: int | None = None
+    ) -> Statistics:
+        """What ``layer`` with the float ``weight`` ``[N, K]`` sees.
+
+        ``rounding`` is the length of the blocks in which its input will be rounded to 8 bits.
+        """
+        if rounding not in self._grams:
+            self._grams[rounding] = self._gram(rounding)
+        gram, tokens = self._grams[rounding]
+        shift = None
+        if self._other is not None and layer.kind != "experts":
+            shift = self._shift(weight, rounding, added_to(layer)) / np.float32(tokens)
+        return Statistics(gram, shift, tokens)
+
+    def _rows(self, walk: Walk, index: int, group: int | None) -> np.ndarray:
+        array = np.asarray(walk.value(index, self._value), np.float32)
+        rows = np.ascontiguousarray(array.reshape(-1, array.shape[-1]))
+        return rows if group is None else round_activations(rows, group)
+
+    def _gram(self, group: int | None) -> tuple[np.ndarray, int]:
+        total, tokens = None, 0
+        for index in range(self._samples):
+            rows = self._rows(self._walk, index, group)
+            part = rows.T @ rows
+            total = part if total is None else np.add(total, part, out=total)
+            tokens += len(rows)
+        assert total is not None
+        total /= np.float32(max(tokens, 1))
+        return total, tokens
+
+    def _shift(self, weight: np.ndarray, group: int | None, target: str | None) -> np.ndarray:
+        """Sum of (t - W x) xᵀ: what the inputs lack, and what the value that is added to lacks."""
+        assert self._other is not None
+        residual = target is not None and self._walk.has(target) and self._other.has(target)
+        wide = len(weight) >= weight.shape[1]
+        total = np.zeros_like(weight)
+        if wide and group not in self._cross:
+            self._cross[group] = self._crossed(group)
+        for index in range(self._samples if residual or not wide else 0):
+            rows = self._rows(self._walk, index, group)
+            lacking = np.zeros((len(rows), len(weight)), np.float32)
+            if not wide:
+                lacking = (self._rows(self._other, index, None) - rows) @ weight.T
+            if residual and target is not None:
+                there = self._other.value(index, target) - self._walk.value(index, target)
+                lacking += there.reshape(lacking.shape)
+            total += lacking.T @ rows
+        return total + weight @ self._cross[group] if wide else total
+
+    def _crossed(self, group: int | None) -> np.ndarray:
+        assert self._other is not None
+        total: Any = np.float32(0)
+        for index in range(self._samples):
+            rows = self._rows(self._walk, index, group)
+            total = total + (self._rows(self._other, index, None) - rows).T @ rows
+        return np.asarray(total)
+
+
+def round_activations(rows: np.ndarray, group: int) -> np.ndarray:
+    """What ``hal::RoundActivations`` does to float32 rows ``[n, K]``, in blocks of ``group``."""
+    blocks = rows.reshape(-1, group or rows.shape[1])
+    scale = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
+    safe = np.where(scale == 0, np.float32(1), scale)
+    return (np.rint(blocks / safe) * scale).reshape(rows.shape)
+
+
+__all__ = ["Seen", "Stage", "Streaming", "Walk", "added_to", "find_stages", "round_activations"]
