@@ -41,10 +41,10 @@ from hal.ir.cache_plan import CachePlan
 from hal.ir.verify import verify as verify_graph
 from hal.ir.weights import write_weights
 from hal.passes import default_pipeline
-from hal.passes.base import PassReport, Pipeline
+from hal.passes.base import Pipeline
 from hal.passes.cache_layout import CacheLayout
 from hal.passes.pick_positions import PickPositions
-from hal.passes.quantize import Quantize, parse_recipe
+from hal.quantization import Plan, parse_request, quantize_graph
 from hal.runtime import verification
 from hal.runtime.arrays import check_inputs
 from hal.runtime.cache_options import CacheOptions, parse_kv_cache
@@ -73,7 +73,10 @@ def compile(
     target: str | Sequence[str] = "host",
     output: str | Path | None = None,
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
-    quantize: str | None = None,
+    quantize: str | Path | Plan | None = None,
+    calibration: Any = None,
+    accuracy_budget: str | None = None,
+    size_budget: str | int | None = None,
     kv_cache: str = "auto",
     verify: bool = True,
     fallback: bool = True,
@@ -90,8 +93,15 @@ def compile(
             directory; None keeps it in a temporary folder that goes with the returned object.
         dynamic: names for dynamic axes, ``{"x": {0: "batch"}}``.
         quantize: how to store weights, as ``w4a16-g32:gptq, head=w8a16`` (see
-            :func:`hal.passes.quantize.parse_recipe`); None keeps the model's own. Builds are then
-            verified against the quantized graph: what quantization changes is no error of a build.
+            :func:`hal.passes.quantize.parse_recipe`), ``auto`` for what the first target prefers,
+            or the path of a plan; None keeps the model's own. Builds are then verified against the
+            quantized graph: what quantization changes is no error of a build.
+        calibration: data that methods look at and budgets are measured on: the path of a text, of
+            a ``.npy`` of token ids or of an ``.npz``; or arrays (see
+            :func:`hal.quantization.data.load_calibration`).
+        accuracy_budget: bounds such as ``kl<=0.02`` or ``top1>=0.99``, which the fewest bytes are
+            searched for.
+        size_budget: bytes that all weights may take, ``300MB``.
         kv_cache: what a language model carries (``auto``, ``latent``, ``expanded``, or
             ``exported``: what its own code does) and how (``contiguous``, ``paged``, ``int8``,
             ``int4``); combined with commas. What to carry is priced for the first target.
@@ -106,10 +116,12 @@ def compile(
         ModelError: the model cannot be read or exported.
         TargetError: a target is unknown or cannot be built here.
         UnsupportedError: an op that nothing covers.
-        CheckFailed: a build is out of tolerance; names the first tensor that diverges.
+        CheckFailed: a build is out of tolerance (names the first tensor that diverges), or a
+            budget is not met.
         InputError: an argument is wrong.
     """
-    targets = check_options(target, quantize, kv_cache)
+    targets = check_options(target, None, kv_cache)
+    request = parse_request(quantize, accuracy_budget, size_budget, calibration)
     options = parse_kv_cache(kv_cache)
     job = _Job(targets, verify, fallback, options, progress or (lambda _: None))
     with bundle_writer(output) as (folder, finish):
@@ -120,13 +132,17 @@ def compile(
         in_a_file = isinstance(model, (str, Path)) and not str(model).startswith("python:")
         samples = _user_samples(graph, inputs, strict=in_a_file)
         reference = None
-        if quantize is None:
+        if request is None:
             reference = job.reference(lambda: verification.reference_for(graph, samples))
         job.say("running the passes")
         graph, reports = default_pipeline(targets[0].descriptor, options.carry).run(graph)
         _check_cache(graph, kv_cache, options)
-        if quantize is not None:
-            graph, reports = _quantized(job, graph, reports, quantize)
+        if request is not None:
+            tokenizer = loaded.assets.get("tokenizer.json")
+            graph, more = quantize_graph(
+                graph, request, targets[0].descriptor, tokenizer=tokenizer, say=job.say
+            )
+            reports = [*reports, *more]
             reference = job.reference(lambda: verification.reference_for(graph, samples))
         job.say("writing the weights")
         manifest = _describe(graph, {"model": loaded.source}, [r.to_json() for r in reports])
@@ -245,19 +261,6 @@ def _build_all(
     if reference is not None:
         _verify_builds(job, folder, manifest, graph, reference)
         write_manifest(manifest, folder, manifest.files)
-
-
-def _quantized(
-    job: _Job, graph: Graph, reports: list[PassReport], quantize: str
-) -> tuple[Graph, list[PassReport]]:
-    """The graph with its weights in few bits, and the reports with that pass's."""
-
-    def tell(index: int, count: int, name: str) -> None:
-        job.say(f"quantizing {index + 1} of {count}: {name}")
-
-    step = Quantize(parse_recipe(quantize), progress=tell)
-    graph, more = Pipeline("quantization", (step,)).run(graph)
-    return graph, [*reports, *more]
 
 
 def _lowered(graph: Graph, options: CacheOptions) -> Graph:
@@ -455,7 +458,7 @@ def _not_neutral(name: str) -> bool:
 
 
 def check_options(
-    target: str | Sequence[str] = "host", quantize: str | None = None, kv_cache: str = "auto"
+    target: str | Sequence[str] = "host", quantize: Any = None, kv_cache: str = "auto"
 ) -> list[ResolvedTarget]:
     """What the options of :func:`compile` mean, before the long work.
 
@@ -463,8 +466,7 @@ def check_options(
         InputError: an option has a value that this version does not take.
         TargetError: a target is unknown, or its backend is absent.
     """
-    if quantize is not None:
-        parse_recipe(quantize)
+    parse_request(quantize)
     parse_kv_cache(kv_cache)
     names: Any = [target] if isinstance(target, str) else target
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):

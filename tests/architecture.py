@@ -24,6 +24,7 @@ LAYERS = {
     "hal.bundle": "runtime",
     "hal.runtime": "runtime",
     "hal.compiler": "compiler",
+    "hal.quantization": "compiler",
     "hal.server": "server",
     "hal.cli": "cli",
     "hal": "facade",

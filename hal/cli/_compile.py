@@ -20,7 +20,8 @@ from hal.cli._options import (
     parse_input,
 )
 from hal.cli._output import format_bytes, format_seconds, print_json, print_line, progress
-from hal.cli._report import build_json, print_builds, print_passes
+from hal.cli._report import build_json, print_builds, print_passes, print_quantization
+from hal.errors import InputError
 
 if TYPE_CHECKING:
     from hal.bundle import Bundle
@@ -76,9 +77,33 @@ def compile_command(
             "--quantize",
             "-q",
             metavar="RECIPE",
-            help="Weights in few bits: w8a8, w4a16-g32:hqq, ternary, …; "
+            help="Weights in few bits: w8a8, w4a16-g32:gptq, ternary, …, auto, or a plan.toml; "
             "single kinds as in w4a16,head=w8a16,embedding=float.",
         ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="Data to look at and measure on: a text, a .npy of token ids, an .npz of inputs.",
+        ),
+    ] = None,
+    accuracy_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--accuracy-budget",
+            metavar="BOUND",
+            help="Fewest bytes with top1>=0.99, kl<=0.02, ppl<=1.01x or cosine>=0.999.",
+        ),
+    ] = None,
+    size_budget: Annotated[
+        str | None,
+        typer.Option("--size-budget", metavar="SIZE", help="Best accuracy in, say, 300MB."),
+    ] = None,
+    save_plan: Annotated[
+        Path | None,
+        typer.Option("--save-plan", metavar="FILE", help="Write each layer's format as TOML."),
     ] = None,
     kv_cache: KvCache = None,
     explain: Explain = False,
@@ -87,6 +112,8 @@ def compile_command(
     json: Json = False,
 ) -> None:
     """Compile a model into a bundle for one or more targets."""
+    if save_plan is not None and quantize is None:
+        raise InputError("--save-plan is given, but nothing is to be quantized", "add --quantize")
     specs = [parse_input(text) for text in inputs or []]
     free = dynamic_of(specs)
     for name, axes in parse_dynamic(dynamic or []).items():
@@ -102,11 +129,16 @@ def compile_command(
             output=output,
             dynamic=free or None,
             quantize=quantize,
+            calibration=calibration,
+            accuracy_budget=accuracy_budget,
+            size_budget=size_budget,
             kv_cache="auto" if kv_cache is None else kv_cache,
             verify=not no_verify,
             fallback=not no_fallback,
             progress=say,
         )
+    if save_plan is not None:
+        save_plan.write_text(_plan_text(bundle), encoding="utf-8")
     _print_result(bundle, time.perf_counter() - start, explain, json)
 
 
@@ -149,16 +181,26 @@ def _print_result(bundle: Bundle, seconds: float, explain: bool, as_json: bool) 
             "seconds": seconds,
             "builds": {name: build_json(record) for name, record in manifest.builds.items()},
             "passes": manifest.passes,
+            "quantization": manifest.metadata.get("quantization"),
         }
         print_json(result)
         return
     if explain:
         print_passes(manifest.passes)
+    print_quantization(manifest.metadata.get("quantization"), each=explain)
     print_builds(manifest.builds)
     print_line(
         f"wrote {bundle.path} ({format_bytes(size)}) with {len(manifest.builds)} build(s) "
         f"in {format_seconds(seconds)}"
     )
+
+
+def _plan_text(bundle: Bundle) -> str:
+    """What each layer of a quantized bundle got, as TOML."""
+    from hal.quantization import plan_of_report
+
+    facts = bundle.manifest.metadata.get("quantization") or {}
+    return str(facts.get("plan") or plan_of_report(facts).to_toml())
 
 
 def bundle_bytes(path: Path) -> int:

@@ -10,7 +10,13 @@ import typer
 
 from hal.cli._options import Json, is_bundle, open_bundle
 from hal.cli._output import format_bytes, print_facts, print_json, print_table
-from hal.cli._report import build_json, print_builds, print_passes, print_signature
+from hal.cli._report import (
+    build_json,
+    print_builds,
+    print_passes,
+    print_quantization,
+    print_signature,
+)
 
 if TYPE_CHECKING:
     from hal.bundle.manifest import BuildRecord
@@ -50,6 +56,7 @@ def inspect_command(
         print_signature(title, [(s["name"], s["dtype"], s["dims"]) for s in facts[title]])
     _print_state(facts["state"])
     _print_cache(facts["cache"])
+    print_quantization(facts["quantization"], each=True)
     print_table("ops of the neutral graph", ("op", "count"), facts["ops"].items())
     print_builds(builds)
     if explain and facts.get("passes"):
@@ -101,6 +108,7 @@ def _graph_facts(graph: Graph) -> dict[str, Any]:
         "state": state,
         "state_bytes_per_token": sum(_bytes_per_token(s) for s in state),
         "cache": graph.metadata.get("cache"),
+        "quantization": graph.metadata.get("quantization"),
         "ops": dict(ops.most_common()),
     }
 

@@ -45,6 +45,64 @@ def print_builds(builds: Mapping[str, BuildRecord]) -> None:
         print_line(f"  {verification_text(record.verification)}")
 
 
+def print_quantization(facts: Mapping[str, Any] | None, *, each: bool) -> None:
+    """Formats by kind of layer, or of each layer, and what they cost in accuracy."""
+    if not facts:
+        return
+    layers = facts["layers"]
+    if each:
+        rows = [
+            (x["name"], x["kind"], x["format"], x["method"], f"{x['bits']:.2f}", _snr([x]),
+             x["reason"])
+            for x in layers
+        ]  # fmt: skip
+        print_table("weights", ("layer", "kind", "format", "method", "bits", "SNR", "why"), rows)
+    else:
+        groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+        for x in layers:
+            groups.setdefault((x["kind"], x["format"], x["method"]), []).append(x)
+        print_table(
+            "weights",
+            ("layers", "kind", "format", "method", "weights", "bits", "SNR"),
+            [
+                (
+                    len(found),
+                    *key,
+                    f"{sum(x['weights'] for x in found):,}",
+                    f"{_bits(found):.2f}",
+                    _snr(found),
+                )
+                for key, found in groups.items()
+            ],
+        )
+    print_line(quantization_text(facts))
+
+
+def quantization_text(facts: Mapping[str, Any]) -> str:
+    """One line: bits per weight, and the figures against the float model if there was data."""
+    text = f"{facts['bits_per_weight']:.2f} bits per weight"
+    figures = facts.get("figures")
+    if not figures:
+        return f"{text}; no data was given to measure what it costs (--calibration)"
+    names = {"kl": "KL {:.4g} nats", "top1": "top-1 agreement {:.2%}",
+             "ppl": "perplexity {:.4f}x", "cosine": "cosine {:.5f}"}  # fmt: skip
+    parts = [names[name].format(value) for name, value in figures.items()]
+    return f"{text}; against the float model on {facts['samples']} samples: {', '.join(parts)}"
+
+
+def _bits(layers: Sequence[Mapping[str, Any]]) -> float:
+    total = sum(x["weights"] for x in layers)
+    return float(sum(x["bits"] * x["weights"] for x in layers) / max(total, 1))
+
+
+def _snr(layers: Sequence[Mapping[str, Any]]) -> str:
+    known = [x["snr_db"] for x in layers if x["snr_db"] is not None]
+    if not known:
+        return ""
+    low, high = min(known), max(known)
+    return f"{low:.1f} dB" if low == high else f"{low:.1f} to {high:.1f} dB"
+
+
 def build_json(record: BuildRecord) -> dict[str, Any]:
     """What ``--json`` says of a build."""
     return {

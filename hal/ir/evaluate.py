@@ -10,6 +10,7 @@ reference, so a large model is not copied.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ import onnxruntime as ort
 
 from hal.errors import GraphError, InputError, did_you_mean
 from hal.ir.graph import Graph
+from hal.ir.inline import function_body, inline_functions
 from hal.ir.ortvalue import as_numpy, from_ort, to_ort
 
 _EMBED_LIMIT = 4096  # bytes; larger initializers are fed as inputs
@@ -62,8 +64,10 @@ class Evaluator:
         self._names = [value.name for value in self._proto.graph.output]
         self._session: ort.InferenceSession | None = None
 
-    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The named values for these inputs.
+    def __call__(
+        self, inputs: Mapping[str, Any], weights: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, Any]:
+        """The named values for these inputs, with large ``weights`` in the place of the graph's.
 
         Raises:
             InputError: an input is missing.
@@ -75,7 +79,7 @@ class Evaluator:
                     f"input {name!r} is missing",
                     "given: " + (", ".join(inputs) or "nothing"),
                 )
-        feeds = {**inputs, **self._weights}
+        feeds = {**inputs, **self._weights, **(weights or {})}
         failures: list[str] = []
         if self._session is not None:
             try:
@@ -108,14 +112,44 @@ class Evaluator:
 
 
 def _variants(proto: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
-    """The model as it is, then with the functions that ONNX schemas define inlined."""
+    """The model as it is, then with functions inlined: those ORT lacks, those in ONNX schemas."""
     yield proto
+    yield from _without_refused(proto)
     try:
         yield onnx.inliner.inline_selected_functions(
             proto, [], exclude=True, inline_schema_functions=True
         )
     except Exception:  # noqa: BLE001 - onnx's inliner cannot type every model; there is another evaluator
         return
+
+
+def _without_refused(proto: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
+    """The model with the ops inlined that ONNX Runtime says it has no kernel for, if that helps."""
+    refused: set[str] = set()
+    model = ir.from_proto(proto)
+    while True:
+        try:
+            _ort_session(ir.to_proto(model))
+            break
+        except Exception as error:  # noqa: BLE001 - the text says which op it was
+            found = re.search(r"Could not find an implementation for (\w+)\(", str(error))
+        if found is None or found[1] in refused:
+            return
+        refused.add(found[1])
+        try:
+            model = inline_functions(model, lambda node: _comes_to(model, node, refused))
+        except Exception:  # noqa: BLE001 - there is another evaluator
+            return
+    if refused:
+        yield ir.to_proto(model)
+
+
+def _comes_to(model: ir.Model, node: ir.Node, op_types: set[str]) -> bool:
+    """Whether a node is one of these ops, or its body has one (the runtime inlines by itself)."""
+    if node.op_type in op_types:
+        return True
+    body = function_body(model, node)
+    return body is not None and any(inner.op_type in op_types for inner in body.all_nodes())
 
 
 def _weightless(

@@ -238,7 +238,7 @@ def _read_integers(given: Any, what: str) -> np.ndarray:
     """
     name = what
     if isinstance(given, str | Path):
-        name, given = str(given), _read_numpy(Path(given), "a .npy file of integers")
+        name, given = str(given), read_numpy(Path(given), "a .npy file of integers")
     if isinstance(given, np.lib.npyio.NpzFile):
         given.close()
         raise InputError(f"{name} is an .npz, not a .npy of integers", "save it with numpy.save")
@@ -259,7 +259,7 @@ def _read_integers(given: Any, what: str) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _read_numpy(path: Path, wanted: str) -> Any:
+def read_numpy(path: Path, wanted: str) -> Any:
     """What ``numpy.load`` gives; nothing is unpickled.
 
     Raises:
@@ -325,7 +325,7 @@ def _read_arrays(inputs: Mapping[str, Any] | str | Path) -> dict[str, np.ndarray
     if isinstance(inputs, Mapping):
         return {name: np.asarray(array) for name, array in inputs.items()}
     wanted = "an .npz of arrays by input name"
-    loaded = _read_numpy(Path(inputs), wanted)
+    loaded = read_numpy(Path(inputs), wanted)
     if isinstance(loaded, np.ndarray):
         raise InputError(f"{inputs} is a .npy, not {wanted}", "save it with numpy.savez")
     with loaded:

@@ -1,0 +1,191 @@
+"""From the words of a user to a quantized graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hal.descriptor import Descriptor
+from hal.errors import CheckFailed, InputError
+from hal.ir import Graph
+from hal.passes.base import PassReport, Pipeline
+from hal.passes.quantize import METADATA_KEY, Quantize
+from hal.passes.quantize.formats import Format, Recipe, Setting
+from hal.quantization.budget import Bound, parse_budget, parse_size
+from hal.quantization.data import load_calibration
+from hal.quantization.judge import Judge
+from hal.quantization.plan import Plan, plan_of
+from hal.quantization.search import Found, search
+
+AUTO = "auto"
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What was asked for, parsed.
+
+    Attributes:
+        plan: formats and methods; None for ``auto``.
+        bounds: on accuracy.
+        size: bytes that all weights may take.
+        calibration: data as it was given.
+    """
+
+    plan: Plan | None
+    bounds: tuple[Bound, ...] = ()
+    size: int | None = None
+    calibration: Any = None
+
+
+def parse_request(
+    quantize: str | Path | Plan | None,
+    accuracy_budget: str | None = None,
+    size_budget: str | int | None = None,
+    calibration: Any = None,
+) -> Request | None:
+    """Check the options before the long work; None if nothing is to be quantized.
+
+    Raises:
+        InputError: one does not parse, or they do not go together.
+    """
+    bounds = parse_budget(accuracy_budget) if accuracy_budget is not None else ()
+    size = parse_size(str(size_budget)) if size_budget is not None else None
+    budget = bool(bounds) or size is not None
+    if quantize is None:
+        if budget or calibration is not None:
+            raise InputError(
+                "a budget or calibration data is given, but nothing is to be quantized",
+                "add quantize='auto' (--quantize auto) or a format such as w4a16",
+            )
+        return None
+    if budget and calibration is None:
+        raise InputError(
+            "a budget is measured on data, and none is given",
+            "add calibration (--calibration): a text file, a .npy of token ids or an .npz",
+        )
+    auto = quantize == AUTO
+    if auto and not budget:
+        bounds = parse_budget("kl<=0.02") if calibration is not None else ()
+    plan = None if auto else plan_of(quantize)
+    if budget and plan is not None and plan.recipe.linear is None:
+        raise InputError("a budget needs a format to start from", "as in quantize='w4a16'")
+    return Request(plan, bounds, size, calibration)
+
+
+def quantize_graph(
+    graph: Graph,
+    request: Request,
+    descriptor: Descriptor,
+    *,
+    tokenizer: Path | None = None,
+    folder: Path | None = None,
+    say: Say = lambda _: None,
+) -> tuple[Graph, list[PassReport]]:
+    """Quantize a neutral graph.
+
+    What was found and measured goes into ``graph.metadata["quantization"]``: the recipe, each
+    layer's format and error, with data ``figures`` against the float graph, and with a budget the
+    ``plan`` as TOML.
+
+    Raises:
+        CheckFailed: a budget is not met.
+        InputError: the data does not fit the model, or a plan names layers that do not exist.
+    """
+    calibration = None
+    judge = None
+    if request.calibration is not None:
+        calibration = load_calibration(request.calibration, graph, tokenizer, folder)
+        say("computing what the float model says")
+        judge = Judge(graph, calibration.samples)
+    plan = request.plan or Plan(preferred(descriptor, calibration is not None))
+    found: Found | None = None
+    if judge is not None and (request.bounds or request.size is not None):
+        ladder = _ladder(plan.recipe, request.plan is None)
+        found = search(
+            graph,
+            judge,
+            plan.recipe,
+            ladder,
+            bounds=request.bounds,
+            size=request.size,
+            say=say,
+        )
+        plan = found.plan
+    clock = _Clock(say)
+    step = Quantize(plan.recipe, plan.layers, clock.tell, calibration)
+    result, reports = Pipeline("quantization", (step,)).run(graph)
+    facts = result.metadata[METADATA_KEY]
+    if judge is not None:
+        say("measuring the quantized model")
+        facts["figures"] = judge.graph(result)
+        facts["samples"] = len(judge.samples)
+        _require(request.bounds, facts["figures"])
+    if found is not None:
+        facts["plan"] = plan.to_toml(found.notes)
+        facts["budget"] = [str(bound) for bound in request.bounds]
+    return result, reports
+
+
+def preferred(descriptor: Descriptor, data: bool) -> Recipe:
+    """What ``auto`` starts from: four bits, activations as the target's instructions like them."""
+    activations = 8 if has_byte_dot(descriptor) else 16
+    form = Format(4, 32, True, activations)
+    eight = Setting(dataclasses.replace(form, bits=8))
+    return Recipe(
+        Setting(form, "gptq" if data else "hqq"),
+        Setting(Format(8)),
+        eight,
+        Setting(dataclasses.replace(form, activations=16)),
+    )
+
+
+def has_byte_dot(descriptor: Descriptor) -> bool:
+    """Whether the target multiplies bytes faster than floats, by what its descriptor says."""
+    return any(
+        item.does in ("dot", "matrix") and item.k > 1 and {"i8", "u8"} & set(item.types)
+        for item in descriptor.offered()
+    )
+
+
+def _ladder(recipe: Recipe, low: bool) -> list[Format]:
+    """Formats from the recipe's own up to 8 bits; with ``low`` from 2 bits."""
+    assert recipe.linear is not None
+    own = recipe.linear.format
+    lowest = 2 if low else own.bits
+    above = [
+        dataclasses.replace(own, bits=bits, ternary=False)
+        for bits in (2, 3, 4, 8)
+        if bits > lowest or (bits == lowest and not own.ternary)
+    ]
+    return [own, *above] if own.ternary else above
+
+
+def _require(bounds: tuple[Bound, ...], figures: Mapping[str, float]) -> None:
+    """The budget once more, on the graph as it will be built."""
+    for bound in bounds:
+        if not bound.met(figures):
+            values = ", ".join(f"{name} {value:.5g}" for name, value in figures.items())
+            raise CheckFailed(
+                f"the budget {bound} is not met by the quantized graph: {values}",
+                "allow more, or use a method that looks at data (gptq)",
+            )
+
+
+class _Clock:
+    """Says which layer is worked on, and how long the rest will take."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._start = time.monotonic()
+
+    def tell(self, index: int, count: int, name: str) -> None:
+        """Progress of :class:`Quantize`."""
+        left = ""
+        if index:
+            seconds = (time.monotonic() - self._start) / index * (count - index)
+            left = f", {seconds:.0f} s left"
+        self._say(f"quantizing {index + 1} of {count}{left}: {name}")

@@ -1,0 +1,117 @@
+"""How far a graph's results are from the float graph's, on the samples that it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hal.ir import Graph
+from hal.ir.evaluate import Evaluator
+from hal.passes.quantize.calibration import Sample
+from hal.runtime.scoring import log_softmax
+
+LOGITS = "logits"
+_KEPT_BYTES = 256 << 20
+"""Float results that are kept to compare with."""
+
+
+class Judge:
+    """Compares with the float graph: its results are computed once and kept.
+
+    Of a language model's samples as many positions are used as fit in 256 MiB of logits.
+    """
+
+    def __init__(self, graph: Graph, samples: Sequence[Sample]) -> None:
+        """Run ``graph`` on ``samples`` (state included)."""
+        self._evaluator = Evaluator(graph, [self._output(graph)])
+        self._name = self._output(graph)
+        self._language = graph.metadata.get("task") == "causal-lm" and self._name == LOGITS
+        self._tokens = graph.signature().inputs[0].name
+        self.samples: list[Sample] = []
+        self._right: list[np.ndarray] = []
+        size = 0
+        for sample in samples:
+            for part in self._rows(graph, sample):
+                result = self._evaluator(part)[self._name]
+                size += result.nbytes
+                if self._right and size > _KEPT_BYTES:
+                    return
+                self.samples.append(part)
+                self._right.append(np.asarray(result, np.float32))
+
+    def _output(self, graph: Graph) -> str:
+        names = [spec.name for spec in graph.signature().outputs]
+        return LOGITS if LOGITS in names else names[0]
+
+    def _rows(self, graph: Graph, sample: Sample) -> list[Sample]:
+        """A language model's sample row by row, others whole."""
+        if not self._language:
+            return [sample]
+        count = len(sample[self._tokens])
+        carried = {state.input: state for state in graph.state}
+        return [
+            {
+                name: array
+                if name in carried and "batch" not in carried[name].axes
+                else array[i : i + 1]
+                for name, array in sample.items()
+            }
+            for i in range(count)
+        ]
+
+    def weights(
+        self, changed: Mapping[str, np.ndarray], limit: int | None = None
+    ) -> dict[str, float]:
+        """Figures of the float graph with some weights replaced, on the first ``limit`` samples."""
+        return self._figures(lambda sample: self._evaluator(sample, changed), limit)
+
+    def graph(self, graph: Graph) -> dict[str, float]:
+        """Figures of another graph: ``kl``, ``top1``, ``ppl``, ``cosine``, as far as they apply."""
+        return self._figures(Evaluator(graph, [self._name]), None)
+
+    def _figures(self, run: Any, limit: int | None) -> dict[str, float]:
+        totals: dict[str, float] = {}
+        count = 0
+        for sample, right in list(zip(self.samples, self._right, strict=True))[:limit]:
+            found = np.asarray(run(sample)[self._name], np.float32)
+            ids = np.asarray(sample[self._tokens])[0] if self._language else None
+            rows = _text(right, found, ids) if ids is not None else _outputs(right, found)
+            for name, value in rows.items():
+                totals[name] = totals.get(name, 0.0) + value
+            count += 1
+        means = {name: value / count for name, value in totals.items()}
+        if "ppl" in means:
+            means["ppl"] = float(np.exp(means["ppl"]))
+        return means
+
+
+def _text(right: np.ndarray, found: np.ndarray, ids: np.ndarray) -> dict[str, float]:
+    """Means over positions; ``ppl`` is the logarithm of the ratio."""
+    p = log_softmax(right.reshape(-1, right.shape[-1]))
+    q = log_softmax(found.reshape(-1, found.shape[-1]))
+    nexts = np.arange(len(ids) - 1), ids[1:]
+    figures = {
+        "kl": float(np.mean(np.sum(np.exp(p) * (p - q), -1))),
+        "top1": float(np.mean(p.argmax(-1) == q.argmax(-1))),
+        "cosine": _cosine(right, found),
+    }
+    if len(ids) > 1:
+        figures["ppl"] = float(np.mean(p[:-1][nexts] - q[:-1][nexts]))
+    return figures
+
+
+def _outputs(right: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    figures = {"cosine": _cosine(right, found)}
+    if right.ndim == 2 and right.shape[1] > 1:
+        figures["top1"] = float(np.mean(right.argmax(-1) == found.argmax(-1)))
+    return figures
+
+
+def _cosine(right: np.ndarray, found: np.ndarray) -> float:
+    """Mean over the first axis of the cosine between flattened rows."""
+    a = right.reshape(len(right), -1).astype(np.float64)
+    b = found.reshape(len(found), -1).astype(np.float64)
+    size = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return float(np.mean(np.where(size > 0, (a * b).sum(1) / np.where(size > 0, size, 1), 1.0)))
