@@ -114,6 +114,7 @@ class TvmBackend(Backend):
             "inputs": [[p.name, p.dtype.name] for p in lowered.inputs],
             "outputs": [[p.name, p.dtype.name] for p in lowered.outputs],
             "in_place": in_place(graph),
+            "single": [list(place) for place in lowered.single],
             "weights": [dataclasses.asdict(w) for w in weights],
             "tvm": importlib.metadata.version("apache-tvm"),
         }
@@ -139,7 +140,15 @@ class TvmBackend(Backend):
         )
         try:
             library = load_library(Path(path))
-            program = Program(library, inputs, outputs, tensors, alive, record.get("in_place"))
+            program = Program(
+                library,
+                inputs,
+                outputs,
+                tensors,
+                alive,
+                in_place=record.get("in_place"),
+                single=[(name, axis) for name, axis in record.get("single", [])],
+            )
         except Exception as error:  # TVM raises its own kinds
             text = (str(error).strip().splitlines() or [repr(error)])[-1]
             raise TargetError(

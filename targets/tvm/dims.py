@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tvm
@@ -27,7 +27,9 @@ class Symbols:
 
     _LARGEST = 1 << 40
 
-    def __init__(self) -> None:
+    def __init__(self, fixed: Mapping[str, int] | None = None) -> None:
+        """``fixed``: dims that are known numbers in this lowering."""
+        self._fixed = dict(fixed or {})
         self._by_name: dict[str, tirx.Var] = {}
         self._count = itertools.count()
         self.analyzer = tvm.sym.Analyzer()
@@ -53,6 +55,8 @@ class Symbols:
         """The dim that ``text`` names: a symbol or an expression such as ``past + sequence``."""
         if not text or text == "?":
             return self.fresh("unnamed")
+        if text in self._fixed:
+            return self._fixed[text]
         try:
             return self._evaluate(ast.parse(text, mode="eval").body)
         except (SyntaxError, Refused):
@@ -62,7 +66,7 @@ class Symbols:
         if isinstance(node, ast.Constant) and isinstance(node.value, int):
             return node.value
         if isinstance(node, ast.Name):
-            return self.named(node.id)
+            return self._fixed[node.id] if node.id in self._fixed else self.named(node.id)
         if isinstance(node, ast.BinOp):
             left, right = self._evaluate(node.left), self._evaluate(node.right)
             if isinstance(node.op, ast.Add):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,12 +119,35 @@ def fuse_quantized(graph: Graph, shaping: Shaping) -> None:
     rewrite.finish()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """A product that has a kernel: the node, the activations before rounding, the weights."""
+
+    node: ir.Node
+    source: ir.Value
+    weights: Codes
+    layout: Layout
+    block: int
+    bits: int
+
+    @property
+    def key(self) -> Hashable:
+        """Products with the same key can be one, with the rows of their weights stacked."""
+        return self.source, self.block, self.bits, dataclasses.replace(self.layout, n=0)
+
+    @property
+    def stackable(self) -> bool:
+        """Whether columns of another product can follow."""
+        return self.layout.n % self.layout.columns == 0 and self.node.op_type == "MatMul"
+
+
 class _Rewrite:
     """The rewrite of one graph; packed weights are shared by the nodes that read them."""
 
     def __init__(self, graph: Graph, shaping: Shaping) -> None:
         self._graph, self._shaping = graph, shaping
-        self._packed: dict[tuple[ir.Value, ir.Value, Layout], ir.Value] = {}
+        self._products: list[_Product] = []
+        self._packed: dict[Hashable, ir.Value] = {}
         self._raw: dict[ir.Value, ir.Value] = {}
         self._left: list[ir.Value] = []
 
@@ -135,6 +158,12 @@ class _Rewrite:
             self._product(node)
 
     def finish(self) -> None:
+        groups: dict[Hashable, list[_Product]] = {}
+        for product in self._products:
+            key = product.key if product.stackable else product.node
+            groups.setdefault(key, []).append(product)
+        for products in groups.values():
+            self._emit(products)
         if self._left:
             self._graph.graph.opset_imports[DOMAIN] = 1
         for value in self._left:
@@ -152,17 +181,10 @@ class _Rewrite:
             return
         block, bits = _rounding(x)
         layout = self._layout(weights, block)
-        if layout is None:
-            return
         source = x.producer().inputs[0] if block else x  # type: ignore[union-attr]
-        fused = ir.Node(
-            DOMAIN,
-            MATMUL,
-            [source, self._pack(weights, layout)],
-            [*_attributes(layout), ir.AttrInt64("block", block), ir.AttrInt64("round_bits", bits)],
-            name=node.name,
-        )
-        self._replace(node, fused, [x, w])
+        if layout is None or source is None:
+            return
+        self._products.append(_Product(node, source, weights, layout, block, bits))
 
     def _layout(self, weights: Codes, block: int) -> Layout | None:
         """The layout for activations rounded in blocks of ``block`` (0: not rounded)."""
@@ -184,19 +206,56 @@ class _Rewrite:
             signed=dot is not None and integer and dot.signed,
         )
 
-    def _pack(self, weights: Codes, layout: Layout) -> ir.Value:
-        key = (weights.codes, weights.scale, layout)
+    def _emit(self, products: list[_Product]) -> None:
+        """One op for products of the same activations, at the place of the first."""
+        first = products[0]
+        layout = dataclasses.replace(first.layout, n=sum(p.layout.n for p in products))
+        fused = ir.Node(
+            DOMAIN,
+            MATMUL,
+            [first.source, self._pack(products, layout)],
+            [
+                *_attributes(layout),
+                ir.AttrInt64("block", first.block),
+                ir.AttrInt64("round_bits", first.bits),
+            ],
+            name=first.node.name,
+        )
+        sources = [[v for v in p.node.inputs[:2] if v is not None] for p in products]
+        if len(products) == 1:
+            self._replace(first.node, fused, sources[0])
+            return
+        whole, old = fused.outputs[0], first.node.outputs[0]
+        whole.name, whole.type = f"{old.name}.together", old.type
+        if old.shape is not None:
+            whole.shape = ir.Shape([*old.shape[:-1], layout.n])
+        self._graph.graph.insert_before(first.node, fused)
+        sizes = np.array([p.layout.n for p in products], np.int64)
+        name = f"{whole.name}.sizes"
+        parts = ir.Node(
+            "",
+            "Split",
+            [whole, self._initializer(ir.Tensor(sizes, name=name), name)],
+            [ir.AttrInt64("axis", -1)],
+            num_outputs=len(products),
+        )
+        self._graph.graph.insert_before(first.node, parts)
+        for product, part, left in zip(products, parts.outputs, sources, strict=True):
+            self._take_over(product.node, part)
+            self._left.extend(left)
+
+    def _pack(self, products: list[_Product], layout: Layout) -> ir.Value:
+        key = (layout, *((p.weights.codes, p.weights.scale) for p in products))
         if key not in self._packed:
-
-            def compute() -> ir.TensorProtocol:
-                zeros, scales = weights.zeros(layout.group), weights.scales(layout.group)
-                return ir.Tensor(pack(layout, weights.matrix(), scales, zeros))
-
-            name = f"{weights.codes.name}.packed"
-            if len(self._packed):
+            parts = [(p.weights, p.layout) for p in products]
+            name = f"{products[0].weights.codes.name}.packed"
+            if self._packed:
                 name += str(len(self._packed))
             tensor = ir.LazyTensor(
-                compute, dtype=_D.UINT8, shape=ir.Shape([layout.bytes]), name=name
+                lambda: ir.Tensor(np.concatenate([_packed(w, own) for w, own in parts])),
+                dtype=_D.UINT8,
+                shape=ir.Shape([layout.bytes]),
+                name=name,
             )
             self._packed[key] = self._initializer(tensor, name)
         return self._packed[key]
@@ -257,21 +316,34 @@ class _Rewrite:
 
     def _replace(self, node: ir.Node, fused: ir.Node, sources: list[ir.Value]) -> None:
         """Put ``fused`` in the place of ``node``, whose output keeps its name and type."""
-        old, new = node.outputs[0], fused.outputs[0]
-        new.name, new.type, new.shape = old.name, old.type, old.shape
-        graph = self._graph.graph
+        new, graph = fused.outputs[0], self._graph.graph
+        new.name, new.type, new.shape = node.outputs[0].name, *_type(node.outputs[0])
         graph.insert_before(node, fused)
         bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
         if bias is not None:
             added = ir.Node("", "Add", [new, bias])
             graph.insert_before(node, added)
-            new.name = f"{old.name}.product"
+            new.name = f"{new.name}.product"
             new = added.outputs[0]
-            new.name, new.type, new.shape = old.name, old.type, old.shape
+        self._take_over(node, new)
+        self._left.extend(sources)
+
+    def _take_over(self, node: ir.Node, new: ir.Value) -> None:
+        """``new`` becomes what the output of ``node`` was, and the node goes."""
+        old = node.outputs[0]
+        new.name, new.type, new.shape = old.name, *_type(old)
         old.name = f"{old.name}.replaced"
         old.replace_all_uses_with(new, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
-        self._left.extend(sources)
+        self._graph.graph.remove(node, safe=True)
+
+
+def _type(value: ir.Value) -> tuple[ir.TypeProtocol | None, ir.Shape | None]:
+    return value.type, value.shape
+
+
+def _packed(weights: Codes, layout: Layout) -> np.ndarray:
+    zeros, scales = weights.zeros(layout.group), weights.scales(layout.group)
+    return pack(layout, weights.matrix(), scales, zeros)
 
 
 # -- recognising ----------------------------------------------------------------------------------

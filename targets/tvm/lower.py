@@ -7,7 +7,7 @@ lowered.module["main"]          # main(inputs..., weights...) -> tuple of output
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import onnx_ir as ir
 import tvm
@@ -15,10 +15,14 @@ from tvm import relax
 
 from hal.errors import UnsupportedError
 from hal.ir import Graph, dtype_name
+from hal.ir.cache_plan import in_place, plan_of
 from hal.targets.tvm.converters import find
 from hal.targets.tvm.dims import Dim, Refused, Symbols
 from hal.targets.tvm.dtypes import STORED_AS
 from hal.targets.tvm.lowering import EMBED_BYTES, Lowering, Operand, Shaping
+
+STEP = "step"
+"""The function for one token of one row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +35,17 @@ class Port:
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """A Relax module whose ``main`` takes ``inputs`` then ``weights`` and returns ``outputs``."""
+    """A Relax module whose ``main`` takes ``inputs`` then ``weights`` and returns ``outputs``.
+
+    ``single``: axes of inputs by name; where all of them have one element, :data:`STEP` does the
+    same as ``main`` (no axes: there is no such function).
+    """
 
     module: tvm.IRModule
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     weights: tuple[ir.Value, ...]
+    single: tuple[tuple[str, int], ...] = ()
 
 
 def lower(graph: Graph, shaping: Shaping) -> Lowered:
@@ -45,7 +54,8 @@ def lower(graph: Graph, shaping: Shaping) -> Lowered:
     Raises:
         UnsupportedError: a node cannot be lowered; the text lists nodes and reasons.
     """
-    walk = _Walk(graph.graph, shaping)
+    builder = relax.BlockBuilder()
+    walk = _Walk(graph.graph, shaping, builder)
     refused = walk.run()
     if refused:
         lines = [f"{node.op_type} {node.name or ''}: {why}" for node, why in refused.items()]
@@ -53,27 +63,65 @@ def lower(graph: Graph, shaping: Shaping) -> Lowered:
             f"{len(refused)} nodes of {graph.name!r} cannot be lowered: " + "; ".join(lines[:10]),
             "let another backend run them, or allow fallback to the host",
         )
-    return walk.finish()
+    dims = step_dims(graph)
+    if not dims:
+        return walk.finish()
+    step = _Walk(graph.graph, shaping, builder, dict.fromkeys(dims, 1))
+    if step.run(STEP):  # an op may need a dim that it can only check at run time
+        return walk.finish(without=STEP)
+    single = tuple(
+        (value.name or "", axis)
+        for value in graph.graph.inputs
+        for axis, dim in enumerate(value.shape or ())
+        if isinstance(dim, ir.SymbolicDim) and dim.value in dims
+    )
+    return dataclasses.replace(walk.finish(), single=single)
+
+
+def step_dims(graph: Graph) -> frozenset[str]:
+    """Dims that are 1 when a language model takes one token of one row; none for other graphs.
+
+    With them known, kernels have static shapes: no shape arithmetic between them, memory that is
+    planned, and no threads started for a handful of numbers.
+    """
+    plan = plan_of(graph)
+    if plan is None:
+        return frozenset()
+    carried = {g.table for g in plan.groups} | set(in_place(graph).values())
+    return frozenset(
+        dim.value
+        for value in graph.graph.inputs
+        if value.name not in carried and value.shape is not None
+        for dim in value.shape
+        if isinstance(dim, ir.SymbolicDim) and dim.value is not None and dim.value.isidentifier()
+    )
 
 
 def check(graph: ir.Graph, shaping: Shaping) -> dict[ir.Node, str]:
     """Nodes that :func:`lower` would refuse, and why; a dry run, nothing is compiled."""
-    return _Walk(graph, shaping).run()
+    return _Walk(graph, shaping, relax.BlockBuilder()).run()
 
 
 class _Walk:
     """One pass over the nodes inside the scope of a Relax function."""
 
-    def __init__(self, graph: ir.Graph, shaping: Shaping) -> None:
+    def __init__(
+        self,
+        graph: ir.Graph,
+        shaping: Shaping,
+        builder: relax.BlockBuilder,
+        fixed: Mapping[str, int] | None = None,
+    ) -> None:
         self._graph = graph
-        self._symbols = Symbols()
-        self._builder = relax.BlockBuilder()
+        self._symbols = Symbols(fixed)
+        self._builder = builder
         self._context = Lowering(self._builder, shaping, self._symbols)
         self._inputs: list[ir.Value] = []
         self._weights = [v for v in self._graph.initializers.values() if is_weight(v)]
         self._lowered: Lowered | None = None
 
-    def run(self) -> dict[ir.Node, str]:
+    def run(self, name: str = "main") -> dict[ir.Node, str]:
+        """Lower to a function of that name; the nodes that were refused."""
         refused: dict[ir.Node, str] = {}
         variables = []
         for value in self._graph.inputs:
@@ -88,7 +136,7 @@ class _Walk:
             variables.append(operand.expr)
         for value in self._weights:
             variables.append(self._placeholder(value).expr)
-        with self._builder.function("main", variables):
+        with self._builder.function(name, variables):
             with self._builder.dataflow():
                 refused.update(self._nodes(self._graph))
                 outputs = self._outputs(refused)
@@ -96,10 +144,12 @@ class _Walk:
             self._builder.emit_func_output(bound)
         return refused
 
-    def finish(self) -> Lowered:
-        """The finished module, after :meth:`run` refused nothing."""
+    def finish(self, without: str = "") -> Lowered:
+        """The finished module, after :meth:`run` refused nothing; one function may be left out."""
+        module = self._builder.get()
+        kept = {v: f for v, f in module.functions_items() if v.name_hint != without}
         return Lowered(
-            self._builder.get(),
+            tvm.IRModule(kept, attrs=module.attrs) if without else module,
             tuple(Port(v.name or "", _dtype(v)) for v in self._inputs),
             tuple(Port(v.name or "", self._context.operand(v).dtype) for v in self._graph.outputs),
             tuple(self._weights),

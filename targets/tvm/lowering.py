@@ -76,6 +76,7 @@ class Lowering:
         self.shaping = shaping
         self.symbols = symbols
         self.operands: dict[ir.Value, Operand] = {}
+        self._kernels: dict[Any, Any] = {}
         self.prepared: dict[Hashable, list[Operand]] = {}
         """Activations in the form that quantized products read, shared by products."""
 
@@ -221,7 +222,7 @@ class Lowering:
         scalars: Sequence[Dim] = (),
     ) -> list[Operand]:
         """Bind a call of a hand-written kernel; ``outputs`` are shapes and TVM dtypes."""
-        var = self.builder.add_func(kernel.without_attr("global_symbol"), name)
+        var = self._added(kernel, name)
         kinds = [relax.TensorType(list(shape), dtype) for shape, dtype in outputs]
         arguments = [*(self.expr(o) for o in operands), *(_index(s) for s in scalars)]
         bound = self.builder.emit(
@@ -231,9 +232,16 @@ class Lowering:
             return [self.wrap(bound)]
         return [self.wrap(self.builder.emit(bound[i])) for i in range(len(kinds))]
 
+    def _added(self, kernel: Any, name: str) -> Any:
+        """The module's variable for a kernel; finding out that it is there already takes long."""
+        if kernel not in self._kernels:
+            plain_ = kernel.without_attr("global_symbol")
+            self._kernels[kernel] = self.builder.add_func(plain_, name)
+        return self._kernels[kernel]
+
     def call_in_place(self, kernel: Any, operands: Sequence[Operand], name: str) -> Operand:
         """Bind a call of a hand-written kernel that changes its first operand."""
-        var = self.builder.add_func(kernel.without_attr("global_symbol"), name)
+        var = self._added(kernel, name)
         target = operands[0]
         kind = relax.TensorType(list(target.shape), target.stored)
         arguments = relax.Tuple([self.expr(o) for o in operands])

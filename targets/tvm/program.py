@@ -13,7 +13,7 @@ from tvm import relax
 
 from hal.errors import InputError, TargetError, UnsupportedError
 from hal.targets.tvm.dtypes import STORED_AS, from_storage, to_storage
-from hal.targets.tvm.lower import Port
+from hal.targets.tvm.lower import STEP, Port
 from hal.targets.tvm.pipeline import pipeline
 from hal.targets.tvm.weights import ALIGNMENT, shared_tensor
 
@@ -82,9 +82,12 @@ class Program:
         weights: Sequence[tvm.runtime.Tensor],
         alive: Any = None,
         in_place: Mapping[str, str] | None = None,
+        single: Sequence[tuple[str, int]] = (),
     ) -> None:
         self._machine = relax.VirtualMachine(library, tvm.cpu())
         self._main = self._machine["main"]
+        self._step = self._machine[STEP] if single else self._main
+        self._single = tuple(single)
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         self._weights = list(weights)
@@ -108,7 +111,8 @@ class Program:
                 array = array.astype(STORED_AS[port.dtype])
             arguments.append(tvm.runtime.tensor(np.ascontiguousarray(array).reshape(array.shape)))
         try:
-            results = self._main(*arguments, *self._weights)
+            one = all(inputs[name].shape[axis] == 1 for name, axis in self._single)
+            results = (self._step if one else self._main)(*arguments, *self._weights)
         except (ValueError, TypeError, RuntimeError) as error:
             shapes = ", ".join(
                 f"{p.name} {a.shape}" for p, a in zip(self.inputs, arguments, strict=True)
