@@ -42,6 +42,9 @@ def print_builds(builds: Mapping[str, BuildRecord]) -> None:
             )
         if record.cache is not None:
             print_line(f"  {cache_text(record.cache)}")
+        for segment in record.segments:
+            for note in segment["record"].get("notes", []):
+                print_line(f"  {note}")
         print_line(f"  {verification_text(record.verification)}")
 
 
@@ -110,6 +113,7 @@ def build_json(record: BuildRecord) -> dict[str, Any]:
         "route": record.route,
         "placement": record.placement,
         "cache": record.cache,
+        "notes": [n for segment in record.segments for n in segment["record"].get("notes", [])],
         "toolchain": record.toolchain,
         "verification": record.verification,
     }

@@ -19,6 +19,7 @@ from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, 
 from hal.targets.onnxruntime.kernels import kernel_table
 from hal.targets.onnxruntime.legalize import assess, legalize, uncovered
 from hal.targets.onnxruntime.packing import Repacking, repacks_at_load, token_input
+from hal.targets.onnxruntime.quantized import notes
 from hal.targets.onnxruntime.session import NO_REPACKING, OnnxRuntimeExecutable, open_session
 from hal.targets.onnxruntime.weights import externalize, relocate, weight_files
 
@@ -81,6 +82,7 @@ class OnnxRuntimeBackend(Backend):
                 f"(node {node.name!r}): {reason}",
                 "choose another target, or replace the op in the model",
             )
+        remarks = notes(legal.model)
         prepack = repacks_at_load(legal)
         repacked = externalize(legal, context.folder, context.bundle)
         legal.model.ir_version = _IR_VERSION
@@ -93,6 +95,7 @@ class OnnxRuntimeBackend(Backend):
             "prepack": prepack,
             "repack_for": "" if prepack else token_input(legal),
             "in_place": in_place(legal),
+            "notes": remarks,
         }
 
     def load(self, record: Mapping[str, Any], context: LoadContext) -> Executable:

@@ -37,7 +37,8 @@ class Codes:
     """A constant ``DequantizeLinear`` of a matrix, seen as rows ``[n, k]``.
 
     ``flipped``: the tensors are stored ``[k, n]``. ``group``: weights along ``k`` for each scale.
-    ``planes``: the codes are three bits each, stored as ``hal::UnpackBits`` takes them.
+    ``planes``: the codes are three bits each, stored as ``hal::UnpackBits`` takes them; ``signed``:
+    it takes 4 from each.
     """
 
     codes: ir.Value
@@ -49,11 +50,12 @@ class Codes:
     group: int
     flipped: bool = False
     planes: bool = False
+    signed: bool = False
 
     @property
     def symmetric(self) -> bool:
         """Whether zero is the middle of the range: signed codes, or unsigned ones around it."""
-        if self.codes_dtype in _SIGNED:
+        if self.signed or self.codes_dtype in _SIGNED:
             return self.zero is None or not _array(self.zero).astype(np.int32).any()
         middle = 1 << (self.bits - 1)
         return self.zero is not None and bool((_array(self.zero).astype(np.int32) == middle).all())
@@ -365,10 +367,13 @@ def _dequantized(value: ir.Value, flipped: bool = False) -> Codes | None:
     if node is None or node.op_type != "DequantizeLinear" or node.domain not in ("", "ai.onnx"):
         return None
     codes, scale, zero, *_ = (*node.inputs, None)
-    planes = False
+    planes = signed = False
     unpack = codes.producer() if codes is not None else None
     if unpack is not None and (unpack.domain, unpack.op_type) == (HAL_DOMAIN, "UnpackBits"):
         codes, planes = unpack.inputs[0], _attribute(unpack, "bits", 3) == 3
+        signed = bool(_attribute(unpack, "signed", 0))
+        if signed and zero is not None:
+            return None
     if codes is None or scale is None or not all(_constant(v) for v in (codes, scale, zero) if v):
         return None
     if value.dtype is not _D.FLOAT or _tensor(codes).dtype not in _BITS:
@@ -383,7 +388,7 @@ def _dequantized(value: ir.Value, flipped: bool = False) -> Codes | None:
     if group is None:
         return None
     bits = 3 if planes else _BITS[_tensor(codes).dtype]
-    return Codes(codes, scale, zero, n, k, bits, group, flipped, planes)
+    return Codes(codes, scale, zero, n, k, bits, group, flipped, planes, signed)
 
 
 def _group(node: ir.Node, scale: Sequence[int], size: tuple[int, int], flipped: bool) -> int | None:
