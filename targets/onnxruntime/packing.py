@@ -11,7 +11,7 @@ embeddings are.) So:
   few rows turn out to be common: a batch that decodes, a server, speculation.
 
 Measured on a Llama shape with 0.36 B parameters: 8 rows decode 3.1 to 3.8 times the tokens of one
-when mapped, 4.5 to 5.2 when repacked; loading takes 0.4 and 3 s.
+when mapped, 4.2 to 5.2 when repacked; loading takes 0.4 and 3 to 4 s (beside other work).
 """
 
 from __future__ import annotations
