@@ -149,19 +149,21 @@ def _nothing_seen(graph: Graph, tokens: TensorSpec, part: np.ndarray) -> dict[st
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What a layer's input looked like, and what should be made up for.
+    """What a layer's input looked like, and what should be made up for; means over tokens.
+
+    x is the input that the layer has once everything before it is quantized, x' the float model's.
+    What the layer's result should be is ``W x' + r``, r being what the value lacks that it is added
+    to.
 
     Attributes:
-        gram: float32 ``[K, K]``, the mean of x xᵀ over tokens, x being the input that the layer
-            has once everything before it is quantized.
-        shift: float32 ``[N, K]`` or None: the mean of (t - W x) xᵀ, where t is what the layer's
-            result has to be for the float model's values to come out behind it.
-        tokens: how many x there were.
+        gram: float32 ``[K, K]``, x xᵀ.
+        cross: float32 ``[K, K]`` or None, (x' - x) xᵀ.
+        lacking: float32 ``[N, K]`` or None, r xᵀ; with W (x' - x) xᵀ added if ``cross`` is None.
     """
 
     gram: np.ndarray
-    shift: np.ndarray | None
-    tokens: int
+    cross: np.ndarray | None = None
+    lacking: np.ndarray | None = None
 
     @property
     def mean_square(self) -> np.ndarray:

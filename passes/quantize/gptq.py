@@ -9,7 +9,7 @@ Chee et al., arXiv 2307.13304). Source of the method: Frantar et al., arXiv 2210
 Three things go beyond it:
 
 - the weight that is rounded is not W but the one that, on inputs that earlier rounding has moved,
-  comes closest to what the float layer would have made of the inputs as they were (Statistics.shift;
+  comes closest to what the float layer would have made of the inputs as they were (Statistics;
   as in GPTAQ, arXiv 2504.02692, and with the value that the result is added to, arXiv 2505.11695);
 - groups are visited by weight, those with the largest inputs first, and scales are searched when
   a group is reached, so no permutation of the columns has to be stored;
@@ -20,16 +20,20 @@ Three things go beyond it:
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from hal.passes.quantize.calibration import Statistics
 from hal.passes.quantize.codes import Codes
 from hal.passes.quantize.formats import Format
-from hal.passes.quantize.rtn import round_to_nearest
+from hal.passes.quantize.rtn import cores, round_to_nearest
 
 _CHANNEL_BLOCK = 128
 """Columns worked on together where a scale covers a whole row."""
+
+_AT_ONCE = 4 << 20
+"""Weights worked on together; five float32 arrays of as many elements are held for them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +65,90 @@ def gptq(
     mean = float(np.trace(gram)) / len(gram)
     if mean <= 0 or not np.isfinite(mean):
         return round_to_nearest(weight, form)
-    if statistics.shift is not None and options.correction is not None:
-        damped = gram + np.eye(len(gram)) * (mean * options.correction)
-        weight = weight + np.linalg.solve(damped, statistics.shift.T.astype(np.float64)).T.astype(
-            np.float32
-        )
+    change, extra = _correction(statistics, options, mean)
     gram[np.diag_indices_from(gram)] += mean * options.damping
-    state = _State(np.ascontiguousarray(weight.T), form, gram.astype(np.float32), options)
-    state.greedy(gram)
+    plan = _Plan.of(gram, form, options)
+
+    def work(part: slice) -> Codes:
+        target = weight[part]
+        if change is not None:
+            target = target + target @ change
+        if extra is not None:
+            target = target + extra[part]
+        return _solve(np.ascontiguousarray(target.T), form, plan, options)
+
+    parts = _parts(*weight.shape)
+    with ThreadPoolExecutor(cores()) as pool:
+        found = list(pool.map(work, parts))
+    return Codes(
+        form,
+        np.concatenate([c.codes for c in found]),
+        np.concatenate([c.scale for c in found]),
+        None if found[0].zero is None else np.concatenate([c.zero for c in found]),  # type: ignore[misc]
+    )
+
+
+def _parts(rows: int, columns: int) -> list[slice]:
+    """Rows that are worked on together: none depends on another."""
+    step = max(64, min(-(-rows // cores()), _AT_ONCE // columns))
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def _correction(
+    statistics: Statistics, options: Options, mean: float
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """C ``[K, K]`` and D ``[N, K]``: W + W C + D is what should be rounded."""
+    if options.correction is None or (statistics.cross is None and statistics.lacking is None):
+        return None, None
+    damped = statistics.gram.astype(np.float64)
+    damped[np.diag_indices_from(damped)] += mean * options.correction
+
+    def solved(right: np.ndarray | None) -> np.ndarray | None:
+        if right is None:
+            return None
+        return np.linalg.solve(damped, right.T.astype(np.float64)).T.astype(np.float32)
+
+    return solved(statistics.cross), solved(statistics.lacking)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What does not depend on the rows: H, the order of visits, M in that order."""
+
+    gram: np.ndarray
+    visits: list[tuple[int, np.ndarray]]
+    order: np.ndarray
+    factor: np.ndarray
+
+    @classmethod
+    def of(cls, gram: np.ndarray, form: Format, options: Options) -> _Plan:
+        visits = _visits(np.diagonal(gram), form, options)
+        order = np.concatenate([columns for _, columns in visits])
+        factor = _upper_factor(gram[np.ix_(order, order)])
+        return cls(gram.astype(np.float32), visits, order, factor)
+
+
+def _visits(weight: np.ndarray, form: Format, options: Options) -> list[tuple[int, np.ndarray]]:
+    """Group and columns of each block of columns, in the order of visits."""
+    columns = len(weight)
+    if form.group == 0:
+        order = np.argsort(-weight, kind="stable") if options.reorder else np.arange(columns)
+        step = _CHANNEL_BLOCK
+        return [(0, order[start : start + step]) for start in range(0, columns, step)]
+    found = []
+    for group, start in enumerate(range(0, columns, form.group)):
+        inside = np.arange(start, min(start + form.group, columns))
+        if options.reorder:
+            inside = inside[np.argsort(-weight[inside], kind="stable")]
+        found.append((group, inside))
+    if not options.reorder:
+        return found
+    return sorted(found, key=lambda item: -float(weight[item[1]].mean()))
+
+
+def _solve(weight: np.ndarray, form: Format, plan: _Plan, options: Options) -> Codes:
+    state = _State(weight, form, plan, options)
+    state.greedy()
     for _ in range(options.sweeps):
         if not state.sweep():
             break
@@ -81,12 +161,13 @@ class _State:
     ``error`` is W - Q. Scales and zero points are ``[G, N]``.
     """
 
-    def __init__(self, weight: np.ndarray, form: Format, gram: np.ndarray, options: Options):
-        self.weight, self.form, self.gram, self.options = weight, form, gram, options
+    def __init__(self, weight: np.ndarray, form: Format, plan: _Plan, options: Options) -> None:
+        self.weight, self.form, self.plan, self.options = weight, form, plan, options
+        self.gram = plan.gram
         columns, rows = weight.shape
         self.length = form.group or columns
         groups = -(-columns // self.length)
-        unsigned = not form.symmetric or form.bits == 3
+        unsigned = not form.symmetric
         self.codes = np.zeros((columns, rows), np.float32)  # less the zero point
         self.scale = np.zeros((groups, rows), np.float32)
         self.zero = np.zeros((groups, rows), np.float32) if unsigned else None
@@ -99,49 +180,29 @@ class _State:
             return self.low, self.high
         return self.low - self.zero[group], self.high - self.zero[group]
 
-    def blocks(self) -> list[tuple[int, np.ndarray]]:
-        """Group and columns of each block of columns, in the order of visits."""
-        columns = len(self.weight)
-        step = min(self.length, _CHANNEL_BLOCK) if self.form.group == 0 else self.length
-        weight = np.diagonal(self.gram)
-        if not self.options.reorder:
-            return [
-                (start // self.length, np.arange(start, min(start + step, columns)))
-                for start in range(0, columns, step)
-            ]
-        if self.form.group == 0:
-            order = np.argsort(-weight, kind="stable")
-            return [(0, order[start : start + step]) for start in range(0, columns, step)]
-        found = []
-        for group in range(len(self.scale)):
-            inside = np.arange(group * step, min((group + 1) * step, columns))
-            found.append((group, inside[np.argsort(-weight[inside], kind="stable")]))
-        return sorted(found, key=lambda item: -float(weight[item[1]].mean()))
-
-    def greedy(self, gram: np.ndarray) -> None:
+    def greedy(self) -> None:
         """Round column by column, with feedback."""
-        visits = self.blocks()
-        order = np.concatenate([columns for _, columns in visits])
-        factor = _upper_factor(gram[np.ix_(order, order)])
-        if self.form.group == 0 or self.options.static:
-            self.search(None, self.weight, np.diagonal(self.gram))
+        diagonal = np.diagonal(self.gram)
+        static = self.form.group == 0 or self.options.static
+        if static:
+            self.search(None, self.weight, diagonal)
         errors = np.empty_like(self.weight)  # in the order of visits
         start = 0
-        for group, columns in visits:
+        for group, columns in self.plan.visits:
             end = start + len(columns)
-            inner = factor[start:end, start:end]
-            pivots = np.diagonal(inner)[:, None]
-            feedback = factor[:start, start:end].T @ errors[:start]
-            if self.form.group and not self.options.static:
+            inner = self.plan.factor[start:end, start:end]
+            feedback = self.plan.factor[:start, start:end].T @ errors[:start]
+            if not static:
+                target = self.weight[columns] + feedback / np.diagonal(inner)[:, None]
                 imp = (
-                    np.diagonal(self.gram)[columns]
+                    diagonal[columns]
                     if self.options.importance == "diag"
-                    else pivots[:, 0] ** 2
+                    else np.diagonal(inner) ** 2
                 )
-                self.search(group, self.weight[columns] + feedback / pivots, imp)
+                self.search(group, target, imp)
             self._round_block(group, columns, feedback, inner, errors[start:end])
             start = end
-        self.error[order] = errors
+        self.error[self.plan.order] = errors
 
     def _round_block(
         self,

@@ -15,13 +15,14 @@ from hal.passes._edit import remove_unused
 from hal.passes.base import Outcome, Pass
 from hal.passes.quantize.calibration import Calibration, Statistics
 from hal.passes.quantize.codes import Codes
+from hal.passes.quantize.finished import Finished
 from hal.passes.quantize.formats import DATA_FREE, Recipe, Setting
 from hal.passes.quantize.gptq import gptq
 from hal.passes.quantize.hqq import half_quadratic
 from hal.passes.quantize.layers import Layer, find_layers, unknown_layer
-from hal.passes.quantize.rewrite import put, rounds_activations
+from hal.passes.quantize.rewrite import exchange, put, rounds_activations
 from hal.passes.quantize.rtn import round_to_nearest
-from hal.passes.quantize.streaming import Seen, Streaming, find_stages, input_of
+from hal.passes.quantize.streaming import Seen, Streaming, find_stages, input_of, looked_up
 
 METADATA_KEY = "quantization"
 """Where the graph's metadata says what was done: see :class:`LayerReport`."""
@@ -93,6 +94,8 @@ class Quantize(Pass):
                 work.quantize(layer, _data_free(setting, self.calibration), reason)
             else:
                 looking[layer.name] = layer, setting, reason
+                if self.calibration is None:
+                    raise _needs_data(setting)
         if looking:
             self._calibrated(work, looking)
         reports = [work.reports[layer.name] for layer in layers]
@@ -111,9 +114,12 @@ class Quantize(Pass):
 
     def _calibrated(self, work: _Work, looking: Mapping[str, tuple[Layer, Setting, str]]) -> None:
         """Quantize the layers whose methods look at data."""
-        if self.calibration is None:
-            raise _needs_data(next(iter(looking.values()))[1])
+        assert self.calibration is not None
+        self.calibration.check(work.graph)
         stages = find_stages(work.graph, [layer for layer, _, _ in looking.values()])
+        for layer, setting, _ in looking.values():
+            if looked_up(layer):
+                work.prepare(layer, setting)
 
         def visit(layer: Layer, seen: Seen) -> None:
             _, setting, reason = looking[layer.name]
@@ -197,6 +203,11 @@ class _Work:
         self.graph, self.reports = graph, dict[str, LayerReport]()
         self.original = graph.clone()
         self._progress, self._count = quantize.progress, count
+        calibration = quantize.calibration
+        self._finished = Finished(
+            calibration.folder if calibration is not None else None,
+            calibration.digest() if calibration is not None and calibration.folder else "",
+        )
 
     def keep(self, layer: Layer, reason: str) -> None:
         """Leave a layer in floating point."""
@@ -209,14 +220,26 @@ class _Work:
         """Quantize a layer, with what it has ``seen`` if the method looks at data."""
         self._begin(layer)
         weight = matrix(layer)
-        statistics = None
-        if seen is not None:
-            form = setting.format
-            rounding = form.group if form.activations == 8 else None
-            statistics = seen.statistics(layer, weight, rounding)
-        codes = quantize_matrix(weight, setting, statistics)
+        key = self._finished.key(layer.name, setting, weight)
+        codes = None if seen is None else self._finished.load(key, setting)
+        if codes is None:
+            statistics = None
+            if seen is not None:
+                form = setting.format
+                rounding = form.group if form.activations == 8 else None
+                statistics = seen.statistics(layer, weight, rounding)
+            codes = quantize_matrix(weight, setting, statistics)
+            if seen is not None:
+                self._finished.save(key, codes)
         self.reports[layer.name] = _report(layer, setting, weight, codes, reason)
-        put(self.graph, layer, codes)
+        if seen is not None and looked_up(layer):
+            exchange(layer, codes)
+        else:
+            put(self.graph, layer, codes)
+
+    def prepare(self, layer: Layer, setting: Setting) -> None:
+        """Round a weight that is looked up as well as multiplied: its look-up comes first."""
+        put(self.graph, layer, round_to_nearest(matrix(layer), setting.format))
 
     def _begin(self, layer: Layer) -> None:
         if self._progress is not None:

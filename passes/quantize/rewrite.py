@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from hal.ir import HAL_DOMAIN, Graph
 from hal.ir.quant_ops import ROUND_ACTIVATIONS, UNPACK_BITS
-from hal.passes._edit import Editor
+from hal.passes._edit import Editor, is_op
 from hal.passes.quantize.codes import Codes, pack, pack_three_bits
 from hal.passes.quantize.layers import Layer
 
@@ -53,12 +53,40 @@ def _dequantize(edit: Editor, layer: Layer, codes: Codes) -> ir.Value:
     return weight
 
 
+def exchange(layer: Layer, codes: Codes) -> None:
+    """Put ``codes`` in the place of others of the same format that :func:`put` put there."""
+    gather = next(node for node in layer.uses if is_op(node, "Gather"))
+    weight = gather.inputs[0].producer() if gather.inputs[0] is not None else None
+    assert weight is not None
+    stored, scale, *zero = (value for value in weight.inputs if value is not None)
+    unpack = stored.producer()
+    if unpack is not None and unpack.inputs[0] is not None:
+        stored = unpack.inputs[0]
+    assert scale.const_value is not None
+    shape = tuple(int(d) for d in scale.const_value.shape.numpy())
+    _set(stored, _packed(codes, layer.shape))
+    _set(scale, ir.Tensor(codes.scale.reshape(shape)))
+    if codes.zero is not None:
+        _set(zero[0], pack(codes.zero, codes.format.dtype, shape))
+
+
+def _set(value: ir.Value, tensor: ir.TensorProtocol) -> None:
+    tensor.name = value.name
+    value.const_value = tensor
+
+
+def _packed(codes: Codes, shape: tuple[int, ...]) -> ir.TensorProtocol:
+    if codes.format.bits != 3 or shape[-1] % 8:
+        return pack(codes.codes, codes.format.dtype, shape)
+    packed = pack_three_bits(codes.codes).reshape(*shape[:-1], shape[-1] * 3 // 8)
+    return ir.Tensor(packed)
+
+
 def _stored(edit: Editor, base: str, codes: Codes, shape: tuple[int, ...]) -> ir.Value:
     form = codes.format
+    value = edit.tensor(_packed(codes, shape), f"{base}.codes")
     if form.bits != 3 or shape[-1] % 8:
-        return edit.tensor(pack(codes.codes, form.dtype, shape), f"{base}.codes")
-    packed = pack_three_bits(codes.codes).reshape(*shape[:-1], shape[-1] * 3 // 8)
-    value = edit.tensor(ir.Tensor(packed), f"{base}.codes")
+        return value
     signed = int(form.symmetric)
     unpacked = edit.op(UNPACK_BITS, [value], {"bits": 3, "signed": signed}, domain=HAL_DOMAIN)
     unpacked.type, unpacked.shape = ir.TensorType(form.dtype), ir.Shape(shape)
@@ -105,4 +133,4 @@ def rounds_activations(layer: Layer, group: int) -> bool:
     return bool(layer.products) and (group == 0 or layer.shape[-1] % group == 0)
 
 
-__all__ = ["put", "rounds_activations"]
+__all__ = ["exchange", "put", "rounds_activations"]

@@ -66,6 +66,11 @@ def input_of(layer: Layer) -> ir.Value | None:
     return None
 
 
+def looked_up(layer: Layer) -> bool:
+    """Whether rows of the weight are picked by ``Gather``, whatever else is done with it."""
+    return any(is_op(node, "Gather") for node in layer.uses)
+
+
 def added_to(layer: Layer) -> str | None:
     """The value that the layer's result is added to (the residual stream), if there is one."""
     if len(layer.products) != 1:
@@ -114,10 +119,15 @@ class Walk:
         """A value of one sample."""
         return self._store.get(sample, name)
 
-    def move(self, target: str) -> None:
-        """Compute ``target``; drop what nothing later needs."""
+    def reach(self, target: str) -> None:
+        """Compute all stages' values up to ``target``."""
+        while target in self._todo:
+            self._move()
+
+    def _move(self) -> None:
+        """Compute the next stage's value; drop what nothing later needs."""
         values = {v.name: v for v in _values(self._graph)}
-        later = self._todo[self._todo.index(target) :]
+        target, later = self._todo[0], list(self._todo)
         self._todo = later[1:]
         nodes = _ancestors([values[target]], self._live)
         rest = set(_ancestors([values[t] for t in later], self._live)) - set(nodes)
@@ -258,9 +268,6 @@ class Streaming:
             other = Walk(self.float_graph, self.calibration, self.stages)
         try:
             for stage in self.stages:
-                walk.move(stage.value)
-                if other is not None:
-                    other.move(stage.value)
                 seen = Seen(walk, other, stage.value, len(self.calibration.samples))
                 for layer in stage.layers:
                     visit(layer, seen)
@@ -275,8 +282,9 @@ class Seen:
 
     def __init__(self, walk: Walk, other: Walk | None, value: str, samples: int) -> None:
         self._walk, self._other, self._value, self._samples = walk, other, value, samples
-        self._grams: dict[int | None, tuple[np.ndarray, int]] = {}
+        self._grams: dict[int | None, np.ndarray] = {}
         self._cross: dict[int | None, np.ndarray] = {}
+        self._tokens = 1
 
     def statistics(
         self, layer: Layer, weight: np.ndarray, rounding: int | None = None
@@ -285,56 +293,69 @@ class Seen:
 
         ``rounding`` is the length of the blocks in which its input will be rounded to 8 bits.
         """
+        for walk in (self._walk, self._other):
+            if walk is not None:
+                walk.reach(self._value)
         if rounding not in self._grams:
             self._grams[rounding] = self._gram(rounding)
-        gram, tokens = self._grams[rounding]
-        shift = None
-        if self._other is not None and layer.kind != "experts":
-            shift = self._shift(weight, rounding, added_to(layer)) / np.float32(tokens)
-        return Statistics(gram, shift, tokens)
+        gram = self._grams[rounding]
+        if self._other is None:
+            return Statistics(gram)
+        cross = None
+        if len(weight) >= weight.shape[1]:
+            if rounding not in self._cross:
+                self._cross[rounding] = self._crossed(rounding)
+            cross = self._cross[rounding]
+        lacking = self._lacking(weight, rounding, added_to(layer), with_input=cross is None)
+        return Statistics(gram, cross, lacking)
 
     def _rows(self, walk: Walk, index: int, group: int | None) -> np.ndarray:
         array = np.asarray(walk.value(index, self._value), np.float32)
         rows = np.ascontiguousarray(array.reshape(-1, array.shape[-1]))
         return rows if group is None else round_activations(rows, group)
 
-    def _gram(self, group: int | None) -> tuple[np.ndarray, int]:
-        total, tokens = None, 0
+    def _gram(self, group: int | None) -> np.ndarray:
+        total, tokens = np.float32(0), 0
         for index in range(self._samples):
             rows = self._rows(self._walk, index, group)
-            part = rows.T @ rows
-            total = part if total is None else np.add(total, part, out=total)
+            total = _plus(total, rows.T @ rows)
             tokens += len(rows)
-        assert total is not None
-        total /= np.float32(max(tokens, 1))
-        return total, tokens
-
-    def _shift(self, weight: np.ndarray, group: int | None, target: str | None) -> np.ndarray:
-        """Sum of (t - W x) xᵀ: what the inputs lack, and what the value that is added to lacks."""
-        assert self._other is not None
-        residual = target is not None and self._walk.has(target) and self._other.has(target)
-        wide = len(weight) >= weight.shape[1]
-        total = np.zeros_like(weight)
-        if wide and group not in self._cross:
-            self._cross[group] = self._crossed(group)
-        for index in range(self._samples if residual or not wide else 0):
-            rows = self._rows(self._walk, index, group)
-            lacking = np.zeros((len(rows), len(weight)), np.float32)
-            if not wide:
-                lacking = (self._rows(self._other, index, None) - rows) @ weight.T
-            if residual and target is not None:
-                there = self._other.value(index, target) - self._walk.value(index, target)
-                lacking += there.reshape(lacking.shape)
-            total += lacking.T @ rows
-        return total + weight @ self._cross[group] if wide else total
+        self._tokens = max(tokens, 1)
+        return np.asarray(total / np.float32(self._tokens))
 
     def _crossed(self, group: int | None) -> np.ndarray:
         assert self._other is not None
-        total: Any = np.float32(0)
+        total = np.float32(0)
         for index in range(self._samples):
             rows = self._rows(self._walk, index, group)
-            total = total + (self._rows(self._other, index, None) - rows).T @ rows
-        return np.asarray(total)
+            total = _plus(total, (self._rows(self._other, index, None) - rows).T @ rows)
+        return np.asarray(total / np.float32(self._tokens))
+
+    def _lacking(
+        self, weight: np.ndarray, group: int | None, target: str | None, *, with_input: bool
+    ) -> np.ndarray | None:
+        assert self._other is not None
+        if target is not None and not (self._walk.has(target) and self._other.has(target)):
+            target = None
+        if target is None and not with_input:
+            return None
+        total = np.float32(0)
+        for index in range(self._samples):
+            rows = self._rows(self._walk, index, group)
+            lacking = np.zeros((len(rows), len(weight)), np.float32)
+            if with_input:
+                lacking = (self._rows(self._other, index, None) - rows) @ weight.T
+            if target is not None:
+                there = self._other.value(index, target) - self._walk.value(index, target)
+                if there.size != lacking.size:  # the result is broadcast over what it is added to
+                    return None if not with_input else np.asarray(0 * weight)
+                lacking += there.reshape(lacking.shape)
+            total = _plus(total, lacking.T @ rows)
+        return np.asarray(total / np.float32(self._tokens))
+
+
+def _plus(total: Any, part: np.ndarray) -> Any:
+    return part if np.ndim(total) == 0 else np.add(total, part, out=total)
 
 
 def round_activations(rows: np.ndarray, group: int) -> np.ndarray:
