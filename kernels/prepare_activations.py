@@ -17,8 +17,10 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T  # noqa: N812
 
+from hal.kernels.emitting import ATTRIBUTES, i64, vector
 from hal.kernels.quantized_layout import Layout
-from hal.kernels.quantized_matmul import ATTRIBUTES, i64, power, span, spread, vector
+from hal.kernels.quantized_matmul import power
+from hal.kernels.vectors import span, spread
 
 PARALLEL_ELEMENTS = 32768
 """Activations from which preparing them is worth starting threads."""
@@ -62,7 +64,7 @@ def prepare(layout: Layout, block: int = 0, bits: int = 8) -> tirx.PrimFunc:
             with T.If(m < i64(max(2, PARALLEL_ELEMENTS // layout.k))):
                 with T.Then(), T.serial(i64(0), m) as row:
                     _Row(layout, block, bits, buffers, row).emit()
-                with T.Else(), T.parallel(i64(0), m) as row:
+                with T.Else(), T.parallel(m) as row:
                     _Row(layout, block, bits, buffers, row).emit()
     return builder.get()
 

@@ -22,7 +22,9 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T  # noqa: N812
 
+from hal.kernels.emitting import ATTRIBUTES, i64, vector
 from hal.kernels.quantized_layout import Dot, Layout
+from hal.kernels.vectors import span, spread
 
 UNROLLED_STEPS = 8
 """Steps of a group that are written out; longer groups loop over as many at a time."""
@@ -33,27 +35,10 @@ ROWS_PER_TASK = 64
 CHAINS = 4
 """Chains of products that advance side by side at least: the latency of one over its rate."""
 
-ATTRIBUTES = {"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8}
-
 
 def rows_per_block(registers: int) -> int:
     """Rows whose accumulators fit, one for products and one for sums, with four to work with."""
     return next((r for r in (8, 4, 2) if 2 * r + 4 <= registers), 1)
-
-
-def vector(kind: str, lanes: int) -> str:
-    """Name of the vector dtype."""
-    return f"{kind}x{lanes}" if lanes > 1 else kind
-
-
-def spread(value: Any, lanes: int) -> Any:
-    """A vector with ``value`` in each lane."""
-    return tirx.Broadcast(value, lanes) if lanes > 1 else value
-
-
-def span(first: Any, lanes: int) -> Any:
-    """Index of ``lanes`` neighbours."""
-    return tirx.Ramp(first, tirx.const(1, "int64"), lanes) if lanes > 1 else first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +59,6 @@ def _registers(layout: Layout, products: int, sums: int) -> _Registers:
         T.alloc_buffer((products,), kind, scope="local"),
         T.alloc_buffer((sums,), vector("float32", layout.lanes), scope="local"),
     )
-
-
-def i64(value: int) -> Any:
-    """A constant index."""
-    return tirx.const(value, "int64")
 
 
 def _load(buffer: Any, *index: Any) -> Any:

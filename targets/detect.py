@@ -55,6 +55,14 @@ def detect(root: Path = Path("/")) -> Machine:
     )
 
 
+def usable_cores() -> int:
+    """Physical cores that this process may use: what a pool of busy threads should count.
+
+    Affinity and the control group's quota limit it; threads that share a core count once.
+    """
+    return _core_count(Path("/"), _usable_cpus())
+
+
 def host_table(candidates: Iterable[Descriptor], machine: Machine | None = None) -> dict[str, Any]:
     """The raw table of ``host``, extending the best match among ``candidates``.
 

@@ -24,6 +24,7 @@ from hal.errors import (
 from hal.ir import Graph
 from hal.ir.cache_plan import in_place
 from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
+from hal.targets.detect import usable_cores
 
 if TYPE_CHECKING:
     from hal.targets.tvm.lowering import Shaping
@@ -131,7 +132,7 @@ class TvmBackend(Backend):
         from hal.targets.tvm.weights import Weight, load_weights
 
         path = context.files.extracted(f"{context.folder}/{record['library']}")
-        use_threads(context.threads or available_cores())
+        use_threads(context.threads or usable_cores())
         weights = [Weight.from_json(w) for w in record["weights"]]
         tensors, alive = load_weights(weights, context.files, context.folder)
         inputs, outputs = (
@@ -182,14 +183,6 @@ class TvmExecutable(Executable):
         self._program = None
 
 
-def available_cores() -> int:
-    """Processors that this process may use."""
-    try:
-        return max(1, len(os.sched_getaffinity(0)))
-    except AttributeError:
-        return os.cpu_count() or 1
-
-
 def _require_tvm() -> None:
     if importlib.util.find_spec("tvm") is None:
         raise MissingExtraError("the backend tvm", "tvm")
@@ -212,10 +205,10 @@ def _shaping(descriptor: Descriptor) -> Shaping:
     lanes = descriptor.vector_lanes("float32")
     return Shaping(
         lanes=lanes if lanes > 1 else 4,
-        cores=descriptor.cores or available_cores(),
+        cores=descriptor.cores or usable_cores(),
         registers=descriptor.vector.registers or Shaping.registers,
         dot=byte_dot(descriptor),
     )
 
 
-__all__ = ["TvmBackend", "TvmExecutable", "UnsupportedError", "available_cores"]
+__all__ = ["TvmBackend", "TvmExecutable", "UnsupportedError"]

@@ -48,7 +48,8 @@ def _with_weights(op: Op, a: Operand, b: Operand) -> Operand | None:
         return None
     if not (isinstance(k, int) and isinstance(n, int)) or k * n < 1024:
         return None
-    kernel = kernels.row_major(k, n, op.context.shaping.lanes)
+    shaping = op.context.shaping
+    kernel = kernels.row_major(k, n, shaping.lanes, shaping.registers, shaping.cores)
     if kernel is None:
         return None
     rows = op.symbols.simplify(product(a.shape[:-1]))
