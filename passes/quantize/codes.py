@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -47,6 +48,17 @@ class Codes:
         rows, columns = self.codes.shape
         zeros = 0 if self.zero is None else self.zero.size * self.format.bits // 8
         return rows * columns * self.format.bits // 8 + self.scale.nbytes + zeros
+
+
+def joined(parts: Sequence[Codes]) -> Codes:
+    """Matrices of one format with the same columns, one below the other."""
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return Codes(
+        parts[0].format,
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.scale for part in parts]),
+        np.concatenate(zeros) if zeros else None,
+    )
 
 
 def pack(codes: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.TensorProtocol:

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from hal.passes.quantize.calibration import Statistics
-from hal.passes.quantize.codes import Codes
+from hal.passes.quantize.codes import Codes, joined
 from hal.passes.quantize.formats import Format
 from hal.passes.quantize.rtn import cores, round_to_nearest
 
@@ -50,7 +50,7 @@ class Options:
     damping: float = 0.01
     correction: float | None = 0.05
     sweeps: int = 3
-    reorder: bool = True
+    reorder: bool = False
     static: bool = False
     refit: bool = True
     importance: str = "diag"
@@ -79,13 +79,7 @@ def gptq(
 
     parts = _parts(*weight.shape)
     with ThreadPoolExecutor(cores()) as pool:
-        found = list(pool.map(work, parts))
-    return Codes(
-        form,
-        np.concatenate([c.codes for c in found]),
-        np.concatenate([c.scale for c in found]),
-        None if found[0].zero is None else np.concatenate([c.zero for c in found]),  # type: ignore[misc]
-    )
+        return joined(list(pool.map(work, parts)))
 
 
 def _parts(rows: int, columns: int) -> list[slice]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+import onnx_ir as ir
 
 from hal.errors import InputError, ModelError
 from hal.ir import Graph
@@ -14,7 +15,8 @@ from hal.ir.ops import ensure_functions
 from hal.passes._edit import remove_unused
 from hal.passes.base import Outcome, Pass
 from hal.passes.quantize.calibration import Calibration, Statistics
-from hal.passes.quantize.codes import Codes
+from hal.passes.quantize.codes import Codes, joined
+from hal.passes.quantize.experts import down_statistics, gate_up_statistics, is_down
 from hal.passes.quantize.finished import Finished
 from hal.passes.quantize.formats import DATA_FREE, Recipe, Setting
 from hal.passes.quantize.gptq import gptq
@@ -22,7 +24,7 @@ from hal.passes.quantize.hqq import half_quadratic
 from hal.passes.quantize.layers import Layer, find_layers, unknown_layer
 from hal.passes.quantize.rewrite import exchange, put, rounds_activations
 from hal.passes.quantize.rtn import round_to_nearest
-from hal.passes.quantize.streaming import Seen, Streaming, find_stages, input_of, looked_up
+from hal.passes.quantize.streaming import Seen, Streaming, find_stages, inputs_of, looked_up
 
 METADATA_KEY = "quantization"
 """Where the graph's metadata says what was done: see :class:`LayerReport`."""
@@ -90,7 +92,7 @@ class Quantize(Pass):
         for layer, setting, reason in chosen:
             if setting is None:
                 work.keep(layer, reason)
-            elif setting.method in DATA_FREE or input_of(layer) is None:
+            elif setting.method in DATA_FREE or not inputs_of(layer):
                 work.quantize(layer, _data_free(setting, self.calibration), reason)
             else:
                 looking[layer.name] = layer, setting, reason
@@ -202,6 +204,7 @@ class _Work:
     def __init__(self, graph: Graph, quantize: Quantize, count: int) -> None:
         self.graph, self.reports = graph, dict[str, LayerReport]()
         self.original = graph.clone()
+        self._gate_up: dict[ir.Node, tuple[Layer, Codes]] = {}
         self._progress, self._count = quantize.progress, count
         calibration = quantize.calibration
         self._finished = Finished(
@@ -223,19 +226,58 @@ class _Work:
         key = self._finished.key(layer.name, setting, weight)
         codes = None if seen is None else self._finished.load(key, setting)
         if codes is None:
-            statistics = None
-            if seen is not None:
-                form = setting.format
-                rounding = form.group if form.activations == 8 else None
-                statistics = seen.statistics(layer, weight, rounding)
-            codes = quantize_matrix(weight, setting, statistics)
+            codes = self._solve(layer, setting, weight, seen)
             if seen is not None:
                 self._finished.save(key, codes)
         self.reports[layer.name] = _report(layer, setting, weight, codes, reason)
+        if layer.kind == "experts" and not is_down(layer):
+            self._gate_up[layer.uses[0]] = layer, codes
         if seen is not None and looked_up(layer):
             exchange(layer, codes)
         else:
             put(self.graph, layer, codes)
+
+    def _solve(
+        self, layer: Layer, setting: Setting, weight: np.ndarray, seen: Seen | None
+    ) -> Codes:
+        if seen is None:
+            return quantize_matrix(weight, setting)
+        if layer.kind == "experts":
+            return self._experts(layer, setting, weight, seen)
+        form = setting.format
+        rounding = form.group if form.activations == 8 else None
+        return quantize_matrix(weight, setting, seen.statistics(layer, weight, rounding))
+
+    def _experts(self, layer: Layer, setting: Setting, weight: np.ndarray, seen: Seen) -> Codes:
+        """Each expert by what it sees; those that no token chose by their weights alone."""
+        routed, found = seen.routed(), []
+        count = layer.shape[0]
+        node = layer.uses[0]
+        pairs = None
+        if is_down(layer):
+            gate_up, codes = self._before_down(node)
+            quantized = gate_up if codes is None else codes.dequantized()
+            pairs = list(zip(np.split(gate_up, count), np.split(quantized, count), strict=True))
+        activation = node.attributes.get_string("activation", "silu")
+        for expert, part in enumerate(np.split(weight, count)):
+            statistics: Statistics | None
+            if pairs is None:
+                statistics = gate_up_statistics(routed, part, expert)
+            else:
+                statistics = down_statistics(routed, part, expert, *pairs[expert], activation)
+            free = dataclasses.replace(setting, method="rtn") if statistics is None else setting
+            found.append(quantize_matrix(part, free, statistics))
+        return joined(found)
+
+    def _before_down(self, node: ir.Node) -> tuple[np.ndarray, Codes | None]:
+        """The float first matrices of a mixture of experts, and what they were quantized to."""
+        if node in self._gate_up:
+            layer, codes = self._gate_up[node]
+            return matrix(layer), codes
+        tensor = node.inputs[3].const_value if node.inputs[3] is not None else None
+        assert tensor is not None
+        array = np.asarray(tensor.numpy(), np.float32)
+        return array.reshape(-1, array.shape[-1]), None
 
     def prepare(self, layer: Layer, setting: Setting) -> None:
         """Round a weight that is looked up as well as multiplied: its look-up comes first."""

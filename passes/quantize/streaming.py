@@ -24,46 +24,56 @@ from hal.ir.evaluate import Evaluator
 from hal.ir.view import used_values
 from hal.passes._edit import is_constant, is_op
 from hal.passes.quantize.calibration import Calibration, Statistics
+from hal.passes.quantize.experts import Routed, is_down
 from hal.passes.quantize.layers import Layer
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A value, by name, and the layers whose products read it."""
+    """A value, by name, and the layers whose products read it; for experts the routing as well."""
 
-    value: str
+    values: tuple[str, ...]
     layers: tuple[Layer, ...]
 
 
 def find_stages(graph: Graph, layers: Iterable[Layer]) -> list[Stage]:
     """Group layers by the input of their first product, in the order of the graph.
 
-    Experts are grouped by the input of the whole op; a weight that is only looked up has no stage.
+    A weight that is only looked up has no stage.
     """
     order = {node: i for i, node in enumerate(graph.graph)}
-    groups: dict[ir.Value, list[Layer]] = {}
+    groups: dict[tuple[ir.Value, ...], list[Layer]] = {}
     for layer in layers:
-        value = input_of(layer)
-        if value is not None:
-            groups.setdefault(value, []).append(layer)
+        values = inputs_of(layer)
+        if values:
+            groups.setdefault(values, []).append(layer)
 
-    def position(value: ir.Value) -> int:
-        producer = value.producer()
-        return -1 if producer is None else order[producer]
+    def position(values: tuple[ir.Value, ...]) -> int:
+        makers = [value.producer() for value in values]
+        return max(-1 if maker is None else order[maker] for maker in makers)
 
-    return [Stage(value.name or "", tuple(groups[value])) for value in sorted(groups, key=position)]
+    return [
+        Stage(tuple(v.name or "" for v in values), tuple(sorted(groups[values], key=_second)))
+        for values in sorted(groups, key=position)
+    ]
 
 
-def input_of(layer: Layer) -> ir.Value | None:
-    """The value that the layer's weight is multiplied with, if it is a value of the main graph."""
+def _second(layer: Layer) -> bool:
+    return layer.kind == "experts" and is_down(layer)
+
+
+def inputs_of(layer: Layer) -> tuple[ir.Value, ...]:
+    """The value that the layer's weight is multiplied with, if it is one of the main graph.
+
+    For experts: their input, and which tokens choose whom.
+    """
     for node in layer.products:
-        if node.graph is layer.weight.graph:
-            return node.inputs[0]
-    if layer.kind == "experts":
-        node = layer.uses[0]
-        reads_x = node.inputs[3] is layer.weight
-        return node.inputs[0] if reads_x else None
-    return None
+        if node.graph is layer.weight.graph and node.inputs[0] is not None:
+            return (node.inputs[0],)
+    node = layer.uses[0]
+    if layer.kind == "experts" and node.graph is layer.weight.graph:
+        return tuple(v for v in node.inputs[:3] if v is not None)
+    return ()
 
 
 def looked_up(layer: Layer) -> bool:
@@ -104,7 +114,7 @@ class Walk:
         for index, sample in enumerate(calibration.samples):
             for name, array in sample.items():
                 self._store.put(index, name, array)
-        self._todo = [stage.value for stage in stages]
+        self._todo = [stage.values for stage in stages]
 
     def close(self) -> None:
         """Forget everything."""
@@ -119,22 +129,23 @@ class Walk:
         """A value of one sample."""
         return self._store.get(sample, name)
 
-    def reach(self, target: str) -> None:
-        """Compute all stages' values up to ``target``."""
-        while target in self._todo:
+    def reach(self, targets: tuple[str, ...]) -> None:
+        """Compute all stages' values up to those of one stage."""
+        while targets in self._todo:
             self._move()
 
     def _move(self) -> None:
-        """Compute the next stage's value; drop what nothing later needs."""
+        """Compute the next stage's values; drop what nothing later needs."""
         values = {v.name: v for v in _values(self._graph)}
-        target, later = self._todo[0], list(self._todo)
-        self._todo = later[1:]
-        nodes = _ancestors([values[target]], self._live)
+        targets = [values[name] for name in self._todo[0]]
+        later = {name for names in self._todo for name in names}
+        self._todo = self._todo[1:]
+        nodes = _ancestors(targets, self._live)
         rest = set(_ancestors([values[t] for t in later], self._live)) - set(nodes)
         fixed = _fixed(
             self._graph
         )  # computed again where needed: a weight is larger than its codes
-        needed = {v.name for n in rest for v in used_values(n)} | set(later)
+        needed = {v.name for n in rest for v in used_values(n)} | later
         made = {v.name: v for n in nodes if n not in fixed for v in n.outputs if v.name in needed}
         if nodes:
             weights = _weights(self._graph, nodes, fixed)
@@ -268,7 +279,7 @@ class Streaming:
             other = Walk(self.float_graph, self.calibration, self.stages)
         try:
             for stage in self.stages:
-                seen = Seen(walk, other, stage.value, len(self.calibration.samples))
+                seen = Seen(walk, other, stage.values, len(self.calibration.samples))
                 for layer in stage.layers:
                     visit(layer, seen)
         finally:
@@ -280,8 +291,10 @@ class Streaming:
 class Seen:
     """Statistics of one stage; layers that share their input share the Gram matrix."""
 
-    def __init__(self, walk: Walk, other: Walk | None, value: str, samples: int) -> None:
-        self._walk, self._other, self._value, self._samples = walk, other, value, samples
+    def __init__(
+        self, walk: Walk, other: Walk | None, values: tuple[str, ...], samples: int
+    ) -> None:
+        self._walk, self._other, self._values, self._samples = walk, other, values, samples
         self._grams: dict[int | None, np.ndarray] = {}
         self._cross: dict[int | None, np.ndarray] = {}
         self._tokens = 1
@@ -293,9 +306,7 @@ class Seen:
 
         ``rounding`` is the length of the blocks in which its input will be rounded to 8 bits.
         """
-        for walk in (self._walk, self._other):
-            if walk is not None:
-                walk.reach(self._value)
+        self._reach()
         if rounding not in self._grams:
             self._grams[rounding] = self._gram(rounding)
         gram = self._grams[rounding]
@@ -309,8 +320,27 @@ class Seen:
         lacking = self._lacking(weight, rounding, added_to(layer), with_input=cross is None)
         return Statistics(gram, cross, lacking)
 
+    def routed(self) -> Routed:
+        """All tokens at a mixture of experts."""
+        self._reach()
+        x, index, share = (
+            np.concatenate([np.asarray(self._walk.value(i, name)) for i in range(self._samples)])
+            for name in self._values
+        )
+        x = x.astype(np.float32, copy=False)
+        x_float = x
+        if self._other is not None:
+            there = [self._rows(self._other, i, None) for i in range(self._samples)]
+            x_float = np.concatenate(there)
+        return Routed(x, x_float, index, share.astype(np.float32, copy=False))
+
+    def _reach(self) -> None:
+        for walk in (self._walk, self._other):
+            if walk is not None:
+                walk.reach(self._values)
+
     def _rows(self, walk: Walk, index: int, group: int | None) -> np.ndarray:
-        array = np.asarray(walk.value(index, self._value), np.float32)
+        array = np.asarray(walk.value(index, self._values[0]), np.float32)
         rows = np.ascontiguousarray(array.reshape(-1, array.shape[-1]))
         return rows if group is None else round_activations(rows, group)
 
