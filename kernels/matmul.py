@@ -155,8 +155,8 @@ def _blocks(
                         T.buffer_store(sums, sums[place] + factor * weights, [place])
             for r in range(height):
                 for j in range(wide):
-                    place = [start + i64(r), span(column + i64(j * lanes), lanes)]
-                    T.buffer_store(out, sums[r * wide + j], place)
+                    column_ = span(column + i64(j * lanes), lanes)
+                    T.buffer_store(out, sums[r * wide + j], [start + i64(r), column_])
 
         whole = T.Bind(tirx.floordiv(count, i64(rows)))
         with T.serial(i64(0), whole) as i:

@@ -175,6 +175,7 @@ class _Rewrite:
 
     def _product(self, node: ir.Node) -> None:
         x, w = node.inputs[0], node.inputs[1]
+        x = self._picked_first(x) if x is not None else None
         if x is None or w is None or x.shape is None or x.dtype is not _D.FLOAT or not len(x.shape):
             return
         turned = node.op_type == "Gemm" and _attribute(node, "transB", 0) == 1
@@ -187,6 +188,29 @@ class _Rewrite:
         if layout is None or source is None:
             return
         self._products.append(_Product(node, source, weights, layout, block, bits))
+
+    def _picked_first(self, x: ir.Value) -> ir.Value:
+        """Rows that are rounded and then picked are picked first: each is rounded by itself."""
+        pick = x.producer()
+        if pick is None or pick.op_type != "GatherND" or len(x.consumers()) != 1:
+            return x
+        data, places = pick.inputs
+        rounding = data.producer() if data is not None else None
+        if data is None or places is None or rounding is None or _rounding(data)[0] == 0:
+            return x
+        depth = places.shape[-1] if places.shape is not None else None
+        rank = len(data.shape) if data.shape is not None else 0
+        if not isinstance(depth, int) or _attribute(pick, "batch_dims", 0) + depth >= rank:
+            return x
+        pick.replace_input_with(0, rounding.inputs[0])
+        again = ir.Node(HAL_DOMAIN, "RoundActivations", [x], list(rounding.attributes.values()))
+        result = again.outputs[0]
+        result.name, result.type, result.shape = f"{x.name}.rounded", *_type(x)
+        self._graph.graph.insert_after(pick, again)
+        x.replace_all_uses_with(result)
+        again.replace_input_with(0, x)
+        self._left.append(data)
+        return result
 
     def _layout(self, weights: Codes, block: int) -> Layout | None:
         """The layout for activations rounded in blocks of ``block`` (0: not rounded)."""

@@ -225,3 +225,70 @@ def test_products_of_one_tensor_share_packed_weights_and_a_table_keeps_its_codes
     fuse_quantized(graph, Shaping(lanes=4))
     names = {v.name for v in graph.graph.initializers.values() if v.uses()}
     assert names == {"codes.packed", "codes.bytes", "scale"}
+
+
+def _branches(picked: bool) -> tuple[Graph, np.ndarray]:
+    """Two products of the same rounded activations, one after picking rows; and the weights."""
+    rng = np.random.default_rng(3)
+    shaping, _ = host()
+    n, k = 4 * shaping.lanes, 64
+    codes = rng.integers(-8, 8, (2, n, k))
+    scales = rng.random((2, n, k // 32)).astype(np.float16)
+    x = _input("x", ["b", "t", k])
+    nodes = [ir.node("RoundActivations", [x], {"bits": 8, "block_size": 32}, domain=HAL_DOMAIN)]
+    rounded_x = nodes[0].outputs[0]
+    inputs, initializers, outputs = [x], [], []
+    if picked:
+        inputs.append(_input("pick", ["b", "p", 1], ir.DataType.INT64))
+        nodes.append(ir.node("GatherND", [rounded_x, inputs[1]], {"batch_dims": 1}))
+        codes, scales = codes[:1], scales[:1]
+    for index, (c, s) in enumerate(zip(codes, scales, strict=True)):
+        sources = [
+            _initializer(f"c{index}", c.astype(ml_dtypes.int4)),
+            _initializer(f"s{index}", s),
+        ]
+        initializers += sources
+        attributes = {"axis": 1, "block_size": 32, "output_dtype": 1}
+        w = ir.node("DequantizeLinear", sources, attributes)
+        turned = ir.node("Transpose", w.outputs, {"perm": [1, 0]})
+        activations = nodes[1].outputs[0] if picked else rounded_x
+        product = ir.node("MatMul", [activations, turned.outputs[0]])
+        nodes += [w, turned, product]
+        product.outputs[0].name = f"y{index}"
+        product.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        product.outputs[0].shape = ir.Shape(["b", "p" if picked else "t", n])
+        outputs.append(product.outputs[0])
+    graph = ir.Graph(
+        inputs,
+        outputs,
+        nodes=nodes,
+        initializers=initializers,
+        opset_imports={"": OPSET, HAL_DOMAIN: 1},
+        name="branches",
+    )
+    model = ir.Model(graph, ir_version=11)
+    ensure_functions(model)
+    infer_types(model)
+    return Graph(model), codes * np.repeat(scales.astype(np.float32), 32, axis=-1)
+
+
+def test_products_of_the_same_activations_become_one() -> None:
+    graph, weights = _branches(picked=False)
+    fuse_quantized(copy := graph.clone(), host()[0])
+    assert [n.op_type for n in copy.graph] == ["QuantizedMatMul", "Split"]
+    x = np.random.default_rng(0).standard_normal((1, 3, 64)).astype(np.float32)
+    got = compile_graph(graph, host()[1], host()[0])({"x": x})
+    for index, w in enumerate(weights):
+        wanted = rounded(x, 32) @ w.T
+        np.testing.assert_allclose(got[f"y{index}"], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_picked_before_they_are_rounded() -> None:
+    graph, weights = _branches(picked=True)
+    fuse_quantized(copy := graph.clone(), host()[0])
+    assert [n.op_type for n in copy.graph] == ["GatherND", "QuantizedMatMul"]
+    x = np.random.default_rng(0).standard_normal((2, 3, 64)).astype(np.float32)
+    pick = np.array([[[2]], [[0]]])
+    got = compile_graph(graph, host()[1], host()[0])({"x": x, "pick": pick})
+    wanted = rounded(x, 32)[[0, 1], [2, 0]] @ weights[0].T
+    np.testing.assert_allclose(got["y0"][:, 0], wanted, rtol=1e-4, atol=1e-4)
