@@ -11,8 +11,7 @@ Three things go beyond it:
 - the weight that is rounded is not W but the one that, on inputs that earlier rounding has moved,
   comes closest to what the float layer would have made of the inputs as they were (Statistics;
   as in GPTAQ, arXiv 2504.02692, and with the value that the result is added to, arXiv 2505.11695);
-- groups are visited by weight, those with the largest inputs first, and scales are searched when
-  a group is reached, so no permutation of the columns has to be stored;
+- scales are searched when a group is reached, for the weights as they have become by then;
 - afterwards single codes and scales are moved as long as that lowers ``tr(E H Eᵀ)``
   (coordinate descent), which the greedy pass cannot do for columns that it has left behind.
 """
@@ -20,14 +19,13 @@ Three things go beyond it:
 from __future__ import annotations
 
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from hal.passes.quantize.calibration import Statistics
 from hal.passes.quantize.codes import Codes, joined
 from hal.passes.quantize.formats import Format
-from hal.passes.quantize.rtn import cores, round_to_nearest
+from hal.passes.quantize.rtn import round_to_nearest
 
 _CHANNEL_BLOCK = 128
 """Columns worked on together where a scale covers a whole row."""
@@ -44,16 +42,13 @@ class Options:
         damping: added to the diagonal of H, as a part of its mean.
         correction: damping of the correction of W, likewise; None leaves W as it is.
         sweeps: rounds of coordinate descent.
-        reorder: visit groups by weight rather than in their order.
+        reorder: visit groups by the size of their inputs, largest first, instead of in their order.
     """
 
     damping: float = 0.01
     correction: float | None = 0.05
     sweeps: int = 3
     reorder: bool = False
-    static: bool = False
-    refit: bool = True
-    importance: str = "diag"
 
 
 def gptq(
@@ -77,14 +72,13 @@ def gptq(
             target = target + extra[part]
         return _solve(np.ascontiguousarray(target.T), form, plan, options)
 
-    parts = _parts(*weight.shape)
-    with ThreadPoolExecutor(cores()) as pool:
-        return joined(list(pool.map(work, parts)))
+    return joined([work(part) for part in _parts(*weight.shape)])
 
 
 def _parts(rows: int, columns: int) -> list[slice]:
     """Rows that are worked on together: none depends on another."""
-    step = max(64, min(-(-rows // cores()), _AT_ONCE // columns))
+    count = -(-rows * columns // _AT_ONCE)
+    step = -(-rows // count)
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
@@ -94,13 +88,11 @@ def _correction(
     """C ``[K, K]`` and D ``[N, K]``: W + W C + D is what should be rounded."""
     if options.correction is None or (statistics.cross is None and statistics.lacking is None):
         return None, None
-    damped = statistics.gram.astype(np.float64)
-    damped[np.diag_indices_from(damped)] += mean * options.correction
+    damped = statistics.gram.copy()
+    damped[np.diag_indices_from(damped)] += np.float32(mean * options.correction)
 
     def solved(right: np.ndarray | None) -> np.ndarray | None:
-        if right is None:
-            return None
-        return np.linalg.solve(damped, right.T.astype(np.float64)).T.astype(np.float32)
+        return None if right is None else np.linalg.solve(damped, right.T).T
 
     return solved(statistics.cross), solved(statistics.lacking)
 
@@ -118,7 +110,7 @@ class _Plan:
     def of(cls, gram: np.ndarray, form: Format, options: Options) -> _Plan:
         visits = _visits(np.diagonal(gram), form, options)
         order = np.concatenate([columns for _, columns in visits])
-        factor = _upper_factor(gram[np.ix_(order, order)])
+        factor = _upper_factor(gram[np.ix_(order, order)] if options.reorder else gram)
         return cls(gram.astype(np.float32), visits, order, factor)
 
 
@@ -166,6 +158,7 @@ class _State:
         self.scale = np.zeros((groups, rows), np.float32)
         self.zero = np.zeros((groups, rows), np.float32) if unsigned else None
         self.error = np.zeros_like(weight)
+        self.gradient: np.ndarray | None = None
         self.low, self.high = (form.lowest, form.highest) if form.symmetric else (0, form.levels)
 
     def bounds(self, group: int) -> tuple[np.ndarray | int, np.ndarray | int]:
@@ -177,8 +170,7 @@ class _State:
     def greedy(self) -> None:
         """Round column by column, with feedback."""
         diagonal = np.diagonal(self.gram)
-        static = self.form.group == 0 or self.options.static
-        if static:
+        if self.form.group == 0:
             self.search(None, self.weight, diagonal)
         errors = np.empty_like(self.weight)  # in the order of visits
         start = 0
@@ -186,14 +178,9 @@ class _State:
             end = start + len(columns)
             inner = self.plan.factor[start:end, start:end]
             feedback = self.plan.factor[:start, start:end].T @ errors[:start]
-            if not static:
+            if self.form.group:
                 target = self.weight[columns] + feedback / np.diagonal(inner)[:, None]
-                imp = (
-                    diagonal[columns]
-                    if self.options.importance == "diag"
-                    else np.diagonal(inner) ** 2
-                )
-                self.search(group, target, imp)
+                self.search(group, target, diagonal[columns])
             self._round_block(group, columns, feedback, inner, errors[start:end])
             start = end
         self.error[self.plan.order] = errors
@@ -229,20 +216,20 @@ class _State:
 
     def sweep(self) -> bool:
         """One round of coordinate descent over codes and scales; whether it changed much."""
-        gradient = self.gram @ self.error
+        if self.gradient is None:
+            self.gradient = self.gram @ self.error
         changed = 0
         step = min(self.length, _CHANNEL_BLOCK)
         for start in range(0, len(self.weight), step):
             part = slice(start, min(start + step, len(self.weight)))
             group = start // self.length
             before = self.error[part].copy()
-            changed += self._move_codes(group, part, gradient[part].copy())
-            moved = self.error[part] - before
-            gradient += self.gram[:, part] @ moved
-            if self.form.group and self.options.refit:
-                moved = self._move_scale(group, part, gradient[part])
-                gradient += self.gram[:, part] @ moved
-        return changed > self.codes.size // 2000
+            near = self.gradient[part].copy()
+            changed += self._move_codes(group, part, near)
+            if self.form.group:
+                self._move_scale(group, part, near)
+            self.gradient += self.gram[:, part] @ (self.error[part] - before)
+        return changed > self.codes.size // 1000
 
     def _move_codes(self, group: int, part: slice, gradient: np.ndarray) -> int:
         """Set each code of a block to the best one given all others; the number that changed."""
@@ -264,20 +251,19 @@ class _State:
             gradient += inner[:, place, None] * moved
         return changed
 
-    def _move_scale(self, group: int, part: slice, gradient: np.ndarray) -> np.ndarray:
-        """Set a group's scales to the best ones for its codes; the change of the error."""
+    def _move_scale(self, group: int, part: slice, gradient: np.ndarray) -> None:
+        """Set a group's scales to the best ones for its codes."""
         codes = self.codes[part]
         across = np.einsum("kn,kn->n", codes, self.gram[part, part] @ codes)
         along = np.einsum("kn,kn->n", codes, gradient)
         scale = self.scale[group] + np.where(across > 0, along / np.maximum(across, 1e-30), 0)
-        scale = scale.astype(np.float16).astype(np.float32)
+        with np.errstate(over="ignore"):
+            scale = scale.astype(np.float16).astype(np.float32)
         delta = scale - self.scale[group]
         gain = 2 * delta * along - delta * delta * across
         delta = np.where((gain > 0) & np.isfinite(scale), delta, 0)
         self.scale[group] += delta
-        moved: np.ndarray = -codes * delta
-        self.error[part] += moved
-        return moved
+        self.error[part] -= codes * delta
 
     def finished(self) -> Codes:
         """What came of it."""

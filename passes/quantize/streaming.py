@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from hal.ir import Graph
 from hal.ir.evaluate import Evaluator
+from hal.ir.ops import ensure_functions
 from hal.ir.view import used_values
 from hal.passes._edit import is_constant, is_op
 from hal.passes.quantize.calibration import Calibration, Statistics
@@ -222,7 +223,9 @@ def _segment(graph: Graph, nodes: list[ir.Node], live: set[str], outputs: list[i
         name="segment",
     )
     functions = [f.clone() for f in graph.model.functions.values()]
-    return Graph(ir.Model(view.clone(), ir_version=graph.model.ir_version, functions=functions))
+    model = ir.Model(view.clone(), ir_version=graph.model.ir_version, functions=functions)
+    ensure_functions(model)
+    return Graph(model)
 
 
 class _Store:
