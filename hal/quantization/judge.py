@@ -16,11 +16,17 @@ LOGITS = "logits"
 _KEPT_BYTES = 256 << 20
 """Float results that are kept to compare with."""
 
+_POSITIONS = 4096
+"""Positions of a language model that figures are means of."""
+
+PROBE_POSITIONS = 512
+"""Positions that are enough to tell layers apart."""
+
 
 class Judge:
     """Compares with the float graph: its results are computed once and kept.
 
-    Of a language model's samples as many positions are used as fit in 256 MiB of logits.
+    Of a language model's samples 4,096 positions are used, or as many as fit in 256 MiB of logits.
     """
 
     def __init__(self, graph: Graph, samples: Sequence[Sample]) -> None:
@@ -31,9 +37,12 @@ class Judge:
         self._tokens = graph.signature().inputs[0].name
         self.samples: list[Sample] = []
         self._right: list[np.ndarray] = []
-        size = 0
+        size = positions = 0
         for sample in samples:
             for part in self._rows(graph, sample):
+                if self._language and positions >= _POSITIONS:
+                    return
+                positions += part[self._tokens].size
                 result = self._evaluator(part)[self._name]
                 size += result.nbytes
                 if self._right and size > _KEPT_BYTES:
@@ -62,9 +71,12 @@ class Judge:
         ]
 
     def weights(
-        self, changed: Mapping[str, np.ndarray], limit: int | None = None
+        self, changed: Mapping[str, np.ndarray], *, probe: bool = False
     ) -> dict[str, float]:
-        """Figures of the float graph with some weights replaced, on the first ``limit`` samples."""
+        """Figures of the float graph with some weights replaced; ``probe``: on a few samples."""
+        limit = None
+        if probe and self._language:
+            limit = max(1, PROBE_POSITIONS // self.samples[0][self._tokens].size)
         return self._figures(lambda sample: self._evaluator(sample, changed), limit)
 
     def graph(self, graph: Graph) -> dict[str, float]:

@@ -31,8 +31,6 @@ from hal.quantization.judge import Judge
 from hal.quantization.plan import Plan
 
 _CHECKS = 8
-_PROBE_SAMPLES = 4
-"""Samples that sensitivities are measured on; checks use all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +117,7 @@ def _options(layer: Layer, judge: Judge, recipe: Recipe, ladder: Sequence[Format
             base = error
             stored = rounded.T if layer.across else rounded.reshape(layer.shape)
             changed = {layer.weight.name or "": np.ascontiguousarray(stored)}
-            damage = max(_damage(judge.weights(changed, _PROBE_SAMPLES)), 0.0)
+            damage = max(_damage(judge.weights(changed, probe=True)), 0.0)
         found.append(Choice(setting, codes.nbytes, damage * error / base if base else 0.0))
     found.append(Choice(None, floats, 0.0))
     return found

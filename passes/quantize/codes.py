@@ -47,7 +47,7 @@ class Codes:
         """Bytes in the bundle."""
         rows, columns = self.codes.shape
         zeros = 0 if self.zero is None else self.zero.size * self.format.bits // 8
-        return rows * columns * self.format.bits // 8 + self.scale.nbytes + zeros
+        return int(rows * columns * self.format.bits // 8 + self.scale.nbytes + zeros)
 
 
 def joined(parts: Sequence[Codes]) -> Codes:
@@ -68,11 +68,11 @@ def pack(codes: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Te
     if bits == 8:
         return ir.Tensor(flat.view(dtype.numpy()).reshape(shape), dtype)
     each = 8 // bits
-    flat = np.concatenate([flat, np.zeros(-flat.size % each, np.uint8)]).reshape(-1, each)
-    flat = flat & np.uint8((1 << bits) - 1)
-    packed = flat[:, 0].copy()
+    apart = np.concatenate([flat, np.zeros(-flat.size % each, np.uint8)]).reshape(-1, each)
+    apart &= np.uint8((1 << bits) - 1)
+    packed = apart[:, 0].copy()
     for place in range(1, each):
-        packed |= flat[:, place] << np.uint8(place * bits)
+        packed |= apart[:, place] << np.uint8(place * bits)
     return ir.PackedTensor(packed, dtype, shape=shape)
 
 

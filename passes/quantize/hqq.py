@@ -85,7 +85,8 @@ def _codes(blocks: np.ndarray, scale: np.ndarray, zero: np.ndarray, form: Format
     with np.errstate(divide="ignore", invalid="ignore"):
         inverse = 1 / scale
     inverse[~np.isfinite(inverse)] = 0
-    codes = np.rint(blocks * inverse[:, None])
+    codes: np.ndarray = np.rint(blocks * inverse[:, None])
     if form.symmetric:
-        return np.clip(codes, form.lowest, form.highest)
-    return np.clip(codes + zero[:, None], 0, form.levels)
+        return np.clip(codes, form.lowest, form.highest, out=codes)
+    codes += zero[:, None]
+    return np.clip(codes, 0, form.levels, out=codes)

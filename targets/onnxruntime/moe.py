@@ -9,7 +9,7 @@ is proved from the graph; otherwise the op's body is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -159,7 +159,7 @@ class Emitter:
     def __call__(
         self,
         op_type: str,
-        inputs: list[ir.Value | None],
+        inputs: Sequence[ir.Value | None],
         *,
         domain: str = "",
         dtype: ir.DataType = ir.DataType.FLOAT,

@@ -20,6 +20,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -428,7 +429,7 @@ def _experts(made: _Made, node: ir.Node) -> bool:
     operands = []
     for blocks, mixed in ((gate_up, True), (down, False)):
         operands.append(_expert_operands(made, blocks, plane, mixed, by_row[0]))
-    attributes = {} if by_row[0] else {"block_size": gate_up.block}
+    attributes: dict[str, Any] = {} if by_row[0] else {"block_size": gate_up.block}
     fused = emit(
         "QMoE",
         [node.inputs[0], logits, *operands[0], None, *operands[1]],
