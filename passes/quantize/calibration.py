@@ -170,5 +170,10 @@ class Statistics:
         """The mean square of each input channel, float32 ``[K]``."""
         return np.ascontiguousarray(np.diagonal(self.gram))
 
+    def with_white(self, part: float) -> Statistics:
+        """The same plus ``part`` times inputs of equal size and no correlation; no correction."""
+        size = np.float32(part * float(np.trace(self.gram)) / len(self.gram))
+        return Statistics(self.gram + size * np.eye(len(self.gram), dtype=np.float32))
+
 
 __all__ = ["Calibration", "Sample", "Statistics"]

@@ -29,6 +29,9 @@ from hal.passes.quantize.streaming import Seen, Streaming, find_stages, inputs_o
 METADATA_KEY = "quantization"
 """Where the graph's metadata says what was done: see :class:`LayerReport`."""
 
+_LOOKED_UP = 1.0
+"""Part that an error of a weight itself has, beside one of its product, if it is looked up too."""
+
 Progress = Callable[[int, int, str], None]
 """Called before each layer with its number, how many there are and its name."""
 
@@ -84,6 +87,8 @@ class Quantize(Pass):
             InputError: a setting names no layer, or there is nothing to quantize.
             ModelError: a weight holds infinities or NaN.
         """
+        if self.calibration is not None:
+            self.calibration.check(graph)
         layers = find_layers(graph)
         chosen = self._choose(layers)
         before = graph.weight_bytes()
@@ -117,7 +122,6 @@ class Quantize(Pass):
     def _calibrated(self, work: _Work, looking: Mapping[str, tuple[Layer, Setting, str]]) -> None:
         """Quantize the layers whose methods look at data."""
         assert self.calibration is not None
-        self.calibration.check(work.graph)
         stages = find_stages(work.graph, [layer for layer, _, _ in looking.values()])
         for layer, setting, _ in looking.values():
             if looked_up(layer):
@@ -246,7 +250,10 @@ class _Work:
             return self._experts(layer, setting, weight, seen)
         form = setting.format
         rounding = form.group if form.activations == 8 else None
-        return quantize_matrix(weight, setting, seen.statistics(layer, weight, rounding))
+        statistics = seen.statistics(layer, weight, rounding)
+        if looked_up(layer):
+            statistics = statistics.with_white(_LOOKED_UP)
+        return quantize_matrix(weight, setting, statistics)
 
     def _experts(self, layer: Layer, setting: Setting, weight: np.ndarray, seen: Seen) -> Codes:
         """Each expert by what it sees; those that no token chose by their weights alone."""
