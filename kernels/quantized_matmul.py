@@ -98,7 +98,7 @@ def matmul(layout: Layout, registers: int = 16, dot: Dot | None = None) -> tirx.
             with T.If(m == i64(1)):
                 with T.Then(), T.parallel(i64(layout.blocks)) as block:
                     tiles = [i64(tile) for tile in range(layout.tiles)]
-                    registers_ = _registers(layout, CHAINS, layout.tiles)
+                    registers_ = _registers(layout, max(CHAINS, layout.tiles), layout.tiles)
                     _Product(layout, dot, buffers, registers_, block, tiles, 1).rows(i64(0))
                 with T.Else():
                     _many_rows(layout, dot, buffers, m, most)
@@ -166,33 +166,38 @@ class _Product:
             T.buffer_store(self.registers.sums, spread(tirx.const(0.0, "float32"), lanes), [i])
         with T.serial(i64(0), i64(layout.groups)) as group:
             base = T.Bind((self.block * i64(layout.groups) + group) * i64(layout.group_bytes))
-            for t, tile in enumerate(self.tiles):
-                self._group(first, group, base, tile)
-                self._scale(first, group, base, tile, t * count)
+            self._group(first, group, base)
+            for t in range(len(self.tiles)):
+                self._scale(first, group, base, t)
         for t, tile in enumerate(self.tiles):
             for r in range(count):
                 column = self.block * i64(layout.columns) + tile * i64(lanes)
                 place = [first + i64(r), span(column, lanes)]
                 T.buffer_store(self.buffers["out"], self.registers.sums[t * count + r], place)
 
-    def _group(self, first: Any, group: Any, base: Any, tile: Any) -> None:
-        """Products of one group and tile, into ``products``."""
+    def _group(self, first: Any, group: Any, base: Any) -> None:
+        """Products of one group, into ``products``.
+
+        Tiles take turns at each activation: one after the other, LLVM would keep and spill what
+        both read.
+        """
         layout = self.layout
-        for r in range(self.count):
-            for chain in range(self.chains):
-                start = self._start(first, group, r, chain)
-                T.buffer_store(self.registers.products, start, [r * self.chains + chain])
+        for t in range(len(self.tiles)):
+            for r in range(self.count):
+                for chain in range(self.chains):
+                    start = self._start(first, group, r, chain)
+                    T.buffer_store(self.registers.products, start, [self._place(t, r, chain)])
         element = group * i64(layout.padded_group)
         if layout.steps <= UNROLLED_STEPS:
             for step in range(layout.steps):
-                self._step(first, base, element, i64(step), tile)
+                self._step(first, base, element, i64(step))
             return
         whole = layout.steps // UNROLLED_STEPS
         with T.serial(i64(0), i64(whole)) as i:
             for step in range(UNROLLED_STEPS):
-                self._step(first, base, element, i * i64(UNROLLED_STEPS) + i64(step), tile)
+                self._step(first, base, element, i * i64(UNROLLED_STEPS) + i64(step))
         for step in range(whole * UNROLLED_STEPS, layout.steps):
-            self._step(first, base, element, i64(step), tile)
+            self._step(first, base, element, i64(step))
 
     def _start(self, first: Any, group: Any, row: int, chain: int) -> Any:
         """What sums of products start with: the common offset of codes, taken off by the sums."""
@@ -202,33 +207,38 @@ class _Product:
         sums = _load(self.buffers["sums"], first + i64(row), group)
         return spread(sums, self.lanes)
 
-    def _step(self, first: Any, base: Any, element: Any, step: Any, tile: Any) -> None:
-        layout = self.layout
+    def _place(self, tile: int, row: int, step: int) -> int:
+        """The accumulator of products for one of ``tiles``, a row, and a place in a step."""
+        return (tile * self.count + row) * self.chains + step % self.chains
+
+    def _step(self, first: Any, base: Any, element: Any, step: Any) -> None:
+        layout, products = self.layout, self.registers.products
         at = element + step * i64(layout.step)
         if layout.integer:
-            for j, codes in enumerate(self._bytes(base, step, tile)):
-                operand = T.Bind(codes)
-                for r in range(self.count):
-                    self._dot(r, j % self.chains, operand, first, at + i64(4 * j))
+            codes = [self._bytes(base, step, tile) for tile in self.tiles]
+            for j in range(layout.step // 4):
+                for t in range(len(self.tiles)):
+                    operand = T.Bind(codes[t][j])
+                    for r in range(self.count):
+                        self._dot(self._place(t, r, j), operand, first + i64(r), at + i64(4 * j))
             return
-        for p, values in self._floats(base, step, tile):
-            operand = T.Bind(values)
-            for r in range(self.count):
-                x = spread(_load(self.buffers["x"], first + i64(r), at + i64(p)), self.lanes)
-                place = r * self.chains + p % self.chains
-                products = self.registers.products
-                T.buffer_store(products, products[place] + operand * x, [place])
+        values = [self._floats(base, step, tile) for tile in self.tiles]
+        for p in range(layout.step):
+            for t in range(len(self.tiles)):
+                operand = T.Bind(values[t][p])
+                for r in range(self.count):
+                    x = spread(_load(self.buffers["x"], first + i64(r), at + i64(p)), self.lanes)
+                    place = self._place(t, r, p)
+                    T.buffer_store(products, products[place] + operand * x, [place])
 
-    def _dot(self, row: int, chain: int, codes: Any, first: Any, at: Any) -> None:
-        dot = self.dot
+    def _dot(self, place: int, codes: Any, row: Any, at: Any) -> None:
+        dot, products = self.dot, self.registers.products
         assert dot is not None, "an integer product needs a dot instruction"
-        place, products = row * self.chains + chain, self.registers.products
         bytes_ = vector("int8", 4 * self.lanes)
-        four = tirx.reinterpret("int32", _load(self.buffers["x"], first + i64(row), span(at, 4)))
+        four = tirx.reinterpret("int32", _load(self.buffers["x"], row, span(at, 4)))
         x = tirx.reinterpret(bytes_, spread(four, self.lanes))
-        total = tirx.call_llvm_pure_intrin(
-            vector("int32", self.lanes), dot.llvm, products[place], codes, x
-        )
+        kind = vector("int32", self.lanes)
+        total = tirx.call_llvm_pure_intrin(kind, dot.llvm, products[place], codes, x)
         T.buffer_store(products, total, [place])
 
     # -- decoding -----------------------------------------------------------------------------
@@ -269,8 +279,8 @@ class _Product:
             result.append(tirx.reinterpret(vector("int8", 4 * self.lanes), value))
         return result
 
-    def _floats(self, base: Any, step: Any, tile: Any) -> list[tuple[int, Any]]:
-        """Codes of a step as float vectors with their places along K, times powers of two."""
+    def _floats(self, base: Any, step: Any, tile: Any) -> list[Any]:
+        """Codes of a step as float vectors in the order of K, times powers of two."""
         layout, lanes = self.layout, self.lanes
         floats = vector("float32", lanes)
         result = []
@@ -280,7 +290,7 @@ class _Product:
                 codes = tirx.reinterpret(
                     vector("int8", lanes), _load(self.buffers["w"], span(base + index, lanes))
                 )
-                result.append((p, tirx.Cast(floats, tirx.Cast(vector("int32", lanes), codes))))
+                result.append(tirx.Cast(floats, tirx.Cast(vector("int32", lanes), codes)))
             return result
         words = [T.Bind(self._word(base, step, w, tile)) for w in range(layout.words)]
         for p in range(layout.step):
@@ -295,14 +305,14 @@ class _Product:
                 else:
                     code = self._field(words[0], shift, mask)
             signed = tirx.reinterpret(vector("int32", lanes), code)
-            result.append((p, tirx.Cast(floats, signed)))
+            result.append(tirx.Cast(floats, signed))
         return result
 
     # -- scales -------------------------------------------------------------------------------
 
-    def _scale(self, first: Any, group: Any, base: Any, tile: Any, start: int) -> None:
+    def _scale(self, first: Any, group: Any, base: Any, t: int) -> None:
         """Add the products of a group, times its scales, to the sums."""
-        layout, lanes, count = self.layout, self.lanes, self.count
+        layout, lanes, tile = self.layout, self.lanes, self.tiles[t]
         at = base + i64(layout.code_bytes)
         w = self.buffers["w"]
         scale = T.Bind(half_to_float(_load(w, span(at + tile * i64(2 * lanes), 2 * lanes)), lanes))
@@ -314,10 +324,11 @@ class _Product:
             zero = T.Bind(
                 tirx.Cast(vector(self.kind, lanes), tirx.Cast(vector("int32", lanes), points))
             )
-        for r in range(count):
-            total = self.registers.products[r * self.chains]
+        products, sums = self.registers.products, self.registers.sums
+        for r in range(self.count):
+            total = products[self._place(t, r, 0)]
             for chain in range(1, self.chains):
-                total = total + self.registers.products[r * self.chains + chain]
+                total = total + products[self._place(t, r, chain)]
             row = first + i64(r)
             if zero is not None:
                 total = total - zero * spread(_load(self.buffers["sums"], row, group), lanes)
@@ -325,8 +336,8 @@ class _Product:
             if layout.integer:
                 total = tirx.Cast(vector("float32", lanes), total)
                 factor = factor * spread(_load(self.buffers["scales"], row, group), lanes)
-            sums = self.registers.sums
-            T.buffer_store(sums, sums[start + r] + total * factor, [start + r])
+            place = t * self.count + r
+            T.buffer_store(sums, sums[place] + total * factor, [place])
 
 
 def power(layout: Layout, place: int) -> int:
