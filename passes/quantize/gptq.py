@@ -24,11 +24,15 @@ import numpy as np
 
 from hal.passes.quantize.calibration import Statistics
 from hal.passes.quantize.codes import Codes, joined
+from hal.passes.quantize.factor import lower_factor, solve
 from hal.passes.quantize.formats import Format
 from hal.passes.quantize.rtn import round_to_nearest
 
 _CHANNEL_BLOCK = 128
 """Columns worked on together where a scale covers a whole row."""
+
+_PUSH = 256
+"""Columns after which the gradient of all others is brought up to date."""
 
 _AT_ONCE = 4 << 20
 """Weights worked on together; five float32 arrays of as many elements are held for them."""
@@ -46,8 +50,8 @@ class Options:
     """
 
     damping: float = 0.01
-    correction: float | None = 0.05
-    sweeps: int = 3
+    correction: float | None = 0.5
+    sweeps: int = 2
     reorder: bool = False
 
 
@@ -56,12 +60,12 @@ def gptq(
 ) -> Codes:
     """Quantize a matrix ``[N, K]`` float32 for the inputs that ``statistics`` tells of."""
     options = options or Options()
-    gram = statistics.gram.astype(np.float64)
-    mean = float(np.trace(gram)) / len(gram)
+    gram = statistics.gram.copy()
+    mean = float(np.trace(gram, dtype=np.float64)) / len(gram)
     if mean <= 0 or not np.isfinite(mean):
         return round_to_nearest(weight, form)
     change, extra = _correction(statistics, options, mean)
-    gram[np.diag_indices_from(gram)] += mean * options.damping
+    gram[np.diag_indices_from(gram)] += np.float32(mean * options.damping)
     plan = _Plan.of(gram, form, options)
 
     def work(part: slice) -> Codes:
@@ -91,8 +95,10 @@ def _correction(
     damped = statistics.gram.copy()
     damped[np.diag_indices_from(damped)] += np.float32(mean * options.correction)
 
+    factor = lower_factor(damped)
+
     def solved(right: np.ndarray | None) -> np.ndarray | None:
-        return None if right is None else np.linalg.solve(damped, right.T).T
+        return None if right is None else solve(factor, right.T).T
 
     return solved(statistics.cross), solved(statistics.lacking)
 
@@ -111,7 +117,7 @@ class _Plan:
         visits = _visits(np.diagonal(gram), form, options)
         order = np.concatenate([columns for _, columns in visits])
         factor = _upper_factor(gram[np.ix_(order, order)] if options.reorder else gram)
-        return cls(gram.astype(np.float32), visits, order, factor)
+        return cls(gram, visits, order, factor)
 
 
 def _visits(weight: np.ndarray, form: Format, options: Options) -> list[tuple[int, np.ndarray]]:
@@ -218,18 +224,28 @@ class _State:
         """One round of coordinate descent over codes and scales; whether it changed much."""
         if self.gradient is None:
             self.gradient = self.gram @ self.error
-        changed = 0
+        changed, columns = 0, len(self.weight)
         step = min(self.length, _CHANNEL_BLOCK)
-        for start in range(0, len(self.weight), step):
-            part = slice(start, min(start + step, len(self.weight)))
-            group = start // self.length
-            before = self.error[part].copy()
-            near = self.gradient[part].copy()
-            changed += self._move_codes(group, part, near)
-            if self.form.group:
-                self._move_scale(group, part, near)
-            self.gradient += self.gram[:, part] @ (self.error[part] - before)
+        wide = step * max(1, _PUSH // step)
+        for begin in range(0, columns, wide):
+            whole = slice(begin, min(begin + wide, columns))
+            before = self.error[whole].copy()
+            near = self.gradient[whole].copy()
+            for start in range(begin, whole.stop, step):
+                part = slice(start, min(start + step, columns))
+                changed += self._sweep_block(part, near, begin)
+            self.gradient += self.gram[:, whole] @ (self.error[whole] - before)
         return changed > self.codes.size // 1000
+
+    def _sweep_block(self, part: slice, near: np.ndarray, begin: int) -> int:
+        """Codes and scales of one block; ``near`` is the gradient from column ``begin`` on."""
+        before = self.error[part].copy()
+        group, own = part.start // self.length, near[part.start - begin : part.stop - begin].copy()
+        changed = self._move_codes(group, part, own)
+        if self.form.group:
+            self._move_scale(group, part, own)
+        near += self.gram[begin : begin + len(near), part] @ (self.error[part] - before)
+        return changed
 
     def _move_codes(self, group: int, part: slice, gradient: np.ndarray) -> int:
         """Set each code of a block to the best one given all others; the number that changed."""
@@ -283,9 +299,16 @@ class _State:
 
 
 def _upper_factor(gram: np.ndarray) -> np.ndarray:
-    """M float32, upper triangular, with ``M Mᵀ = gram`` (float64)."""
-    flipped = np.linalg.cholesky(gram[::-1, ::-1])
-    return np.ascontiguousarray(flipped[::-1, ::-1].astype(np.float32))
+    """M float32, upper triangular, with ``M Mᵀ = gram``.
+
+    In float32 where that will do: descent mends what the factor is wrong by.
+    """
+    flipped = np.ascontiguousarray(gram[::-1, ::-1])
+    try:
+        factor = lower_factor(flipped)
+    except np.linalg.LinAlgError:
+        factor = lower_factor(flipped.astype(np.float64)).astype(np.float32)
+    return np.ascontiguousarray(factor[::-1, ::-1])
 
 
 def _inverse(scale: np.ndarray) -> np.ndarray:
