@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from hal.ir import Graph
 from hal.ir.ops import ensure_functions
 from hal.passes._edit import remove_unused
 from hal.passes.base import Outcome, Pass
+from hal.passes.quantize.awq import fold, foldable, search_scales, weighted_rounding
 from hal.passes.quantize.calibration import Calibration, Statistics
 from hal.passes.quantize.codes import Codes, joined
 from hal.passes.quantize.experts import down_statistics, gate_up_statistics, is_down
@@ -127,11 +128,16 @@ class Quantize(Pass):
             if looked_up(layer):
                 work.prepare(layer, setting)
 
+        together = {layer.name: stage.layers for stage in stages for layer in stage.layers}
+
         def visit(layer: Layer, seen: Seen) -> None:
             _, setting, reason = looking[layer.name]
+            if layer is together[layer.name][0] and setting.method == "awq":
+                work.scale([looking[other.name][:2] for other in together[layer.name]], seen)
             work.quantize(layer, setting, reason, seen)
 
-        Streaming(work.graph, self.calibration, stages, True, work.original).run(visit)
+        correct = any(setting.method == "gptq" for _, setting, _ in looking.values())
+        Streaming(work.graph, self.calibration, stages, correct, work.original).run(visit)
 
     def _choose(self, layers: list[Layer]) -> list[tuple[Layer, Setting | None, str]]:
         names = {layer.name for layer in layers}
@@ -199,6 +205,8 @@ def quantize_matrix(
         return half_quadratic(weight, setting.format)
     if statistics is None:
         raise _needs_data(setting)
+    if setting.method == "awq":
+        return weighted_rounding(weight, setting.format, statistics.gram)
     return gptq(weight, setting.format, statistics)
 
 
@@ -208,6 +216,7 @@ class _Work:
     def __init__(self, graph: Graph, quantize: Quantize, count: int) -> None:
         self.graph, self.reports = graph, dict[str, LayerReport]()
         self.original = graph.clone()
+        self._scales: dict[str, np.ndarray] = {}
         self._gate_up: dict[ir.Node, tuple[Layer, Codes]] = {}
         self._progress, self._count = quantize.progress, count
         calibration = quantize.calibration
@@ -228,7 +237,11 @@ class _Work:
         self._begin(layer)
         weight = matrix(layer)
         key = self._finished.key(layer.name, setting, weight)
-        codes = None if seen is None else self._finished.load(key, setting)
+        codes = None
+        if layer.name in self._scales:
+            weight = weight * self._scales[layer.name]
+        elif seen is not None:
+            codes = self._finished.load(key, setting)
         if codes is None:
             codes = self._solve(layer, setting, weight, seen)
             if seen is not None:
@@ -241,6 +254,21 @@ class _Work:
         else:
             put(self.graph, layer, codes)
 
+    def scale(self, stage: Sequence[tuple[Layer, Setting]], seen: Seen) -> None:
+        """Make channels of the layers' weights larger and of their common input smaller."""
+        if any(s.method != "awq" or looked_up(x) or x.kind == "experts" for x, s in stage):
+            return
+        value = stage[0][0].products[0].inputs[0]
+        readers = {node for layer, _ in stage for node in layer.products}
+        node = None if value is None else foldable(value, readers)
+        if node is None or any(x.products[0].inputs[0] is not value for x, _ in stage):
+            return
+        weights, forms = [matrix(x) for x, _ in stage], [s.format for _, s in stage]
+        found = search_scales(weights, forms, seen.gram())
+        fold(self.graph, node, found)
+        seen.divide(found)
+        self._scales |= {layer.name: found for layer, _ in stage}
+
     def _solve(
         self, layer: Layer, setting: Setting, weight: np.ndarray, seen: Seen | None
     ) -> Codes:
@@ -248,6 +276,8 @@ class _Work:
             return quantize_matrix(weight, setting)
         if layer.kind == "experts":
             return self._experts(layer, setting, weight, seen)
+        if setting.method == "awq":
+            return weighted_rounding(weight, setting.format, seen.gram())
         form = setting.format
         rounding = form.group if form.activations == 8 else None
         statistics = seen.statistics(layer, weight, rounding)

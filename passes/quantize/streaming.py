@@ -130,6 +130,12 @@ class Walk:
         """A value of one sample."""
         return self._store.get(sample, name)
 
+    def divide(self, name: str, scale: np.ndarray) -> None:
+        """Divide a value that is held by ``scale`` along its last axis, as the graph now does."""
+        for index in range(self._count):
+            value = self._store.get(index, name)
+            self._store.put(index, name, (value / scale).astype(value.dtype))
+
     def reach(self, targets: tuple[str, ...]) -> None:
         """Compute all stages' values up to those of one stage."""
         while targets in self._todo:
@@ -309,10 +315,7 @@ class Seen:
 
         ``rounding`` is the length of the blocks in which its input will be rounded to 8 bits.
         """
-        self._reach()
-        if rounding not in self._grams:
-            self._grams[rounding] = self._gram(rounding)
-        gram = self._grams[rounding]
+        gram = self.gram(rounding)
         if self._other is None:
             return Statistics(gram)
         cross = None
@@ -322,6 +325,18 @@ class Seen:
             cross = self._cross[rounding]
         lacking = self._lacking(weight, rounding, added_to(layer), with_input=cross is None)
         return Statistics(gram, cross, lacking)
+
+    def gram(self, rounding: int | None = None) -> np.ndarray:
+        """The mean of x xᵀ, float32 ``[K, K]``."""
+        self._reach()
+        if rounding not in self._grams:
+            self._grams[rounding] = self._gram(rounding)
+        return self._grams[rounding]
+
+    def divide(self, scale: np.ndarray) -> None:
+        """Note that the graph was changed to make the stage's value smaller by ``scale``."""
+        self._walk.divide(self._values[0], scale)
+        self._grams.clear()
 
     def routed(self) -> Routed:
         """All tokens at a mixture of experts."""
