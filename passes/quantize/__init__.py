@@ -4,6 +4,7 @@ One file per method; :class:`Quantize` is the pass, :mod:`.formats` the text tha
 :mod:`.layers` what can be quantized, :mod:`.rewrite` how it looks in the graph afterwards.
 """
 
+from hal.passes.quantize.calibration import Calibration
 from hal.passes.quantize.formats import (
     Format,
     Recipe,
@@ -17,6 +18,7 @@ from hal.passes.quantize.quantize import METADATA_KEY, LayerReport, Quantize
 
 __all__ = [
     "METADATA_KEY",
+    "Calibration",
     "Format",
     "Layer",
     "LayerReport",

@@ -35,7 +35,7 @@ def weighted_rounding(weight: np.ndarray, form: Format, gram: np.ndarray) -> Cod
 def search_scales(
     weights: Sequence[np.ndarray], forms: Sequence[Format], gram: np.ndarray
 ) -> np.ndarray:
-    """Scales s, float32 ``[K]``, for layers of one input, by the error ``tr(E H Eᵀ)`` of all of them."""
+    """Scales s, float32 ``[K]``, for layers of one input, by the sum of their ``tr(E H Eᵀ)``."""
     size = np.sqrt(np.maximum(np.diagonal(gram), 1e-12))
     best, chosen = np.inf, np.ones(len(gram), np.float32)
     for alpha in _ALPHAS:

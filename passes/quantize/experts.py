@@ -101,12 +101,15 @@ def _hidden(rows: np.ndarray, gate_up: np.ndarray, activation: str) -> np.ndarra
 
 
 def _silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-np.clip(x, -80, 80)))
+    result: np.ndarray = x / (1 + np.exp(-np.clip(x, -80, 80)))
+    return result
 
 
 def _gelu(x: np.ndarray) -> np.ndarray:
     """The tanh form, close enough for statistics of both."""
-    return x * 0.5 * (1 + np.tanh(np.float32(0.7978845608) * (x + np.float32(0.044715) * x**3)))
+    inner = np.float32(0.7978845608) * (x + np.float32(0.044715) * x**3)
+    result: np.ndarray = x * np.float32(0.5) * (1 + np.tanh(inner))
+    return result
 
 
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

@@ -35,7 +35,7 @@ class Finished:
         if self._folder is None:
             return ""
         self._chain.update(f"{name} {setting} {weight.shape} {weight.dtype}".encode())
-        self._chain.update(memoryview(np.ascontiguousarray(weight)).cast("B"))
+        self._chain.update(np.ascontiguousarray(weight).data)
         return self._chain.hexdigest()
 
     def load(self, key: str, setting: Setting) -> Codes | None:

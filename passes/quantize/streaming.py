@@ -88,13 +88,14 @@ def added_to(layer: Layer) -> str | None:
         return None
     value = layer.products[0].outputs[0]
     for _ in range(2):
-        uses = value.uses()
+        uses = tuple(value.uses())
         if value.is_graph_output() or len(uses) != 1 or not is_op(uses[0].node, "Add"):
             return None
         node = uses[0].node
         other = node.inputs[1 - uses[0].idx]
         if other is not None and not is_constant(other):
-            return other.name
+            name: str | None = other.name
+            return name
         value = node.outputs[0]
     return None
 
@@ -149,30 +150,29 @@ class Walk:
         self._todo = self._todo[1:]
         nodes = _ancestors(targets, self._live)
         rest = set(_ancestors([values[t] for t in later], self._live)) - set(nodes)
-        fixed = _fixed(
-            self._graph
-        )  # computed again where needed: a weight is larger than its codes
-        needed = {v.name for n in rest for v in used_values(n)} | later
-        made = {v.name: v for n in nodes if n not in fixed for v in n.outputs if v.name in needed}
+        fixed = _fixed(self._graph)  # made again where needed: a weight is larger than its codes
+        needed = _read(rest) | later
+        made = {v.name or "": v for n in nodes if n not in fixed for v in n.outputs}
+        made = {name: value for name, value in made.items() if name in needed}
         if nodes:
             weights = _weights(self._graph, nodes, fixed)
             nodes = [node for node in nodes if node not in fixed]
             inputs = self._live | set(weights)
             run = Evaluator(_segment(self._graph, nodes, inputs, list(made.values())))
-            given = {v.name for n in nodes for v in used_values(n)} & self._live
-            for index in range(self._count):
-                feeds = {name: self._store.get(index, name or "") for name in given} | weights
+            given = _read(nodes) & self._live
+        for index in range(self._count):
+            if nodes:
+                feeds = {name: self._store.get(index, name) for name in given} | weights
                 for name, value in run(feeds).items():
                     self._store.put(index, name, value)
-                self._drop(index, needed)
-        else:
-            for index in range(self._count):
-                self._drop(index, needed)
+            for name in self._live - needed:
+                self._store.drop(index, name)
         self._live = {name for name in self._live | set(made) if name in needed}
 
-    def _drop(self, index: int, needed: set[str | None]) -> None:
-        for name in self._live - needed:
-            self._store.drop(index, name)
+
+def _read(nodes: Iterable[ir.Node]) -> set[str]:
+    """Names of all values that nodes read."""
+    return {v.name or "" for node in nodes for v in used_values(node)}
 
 
 def _values(graph: Graph) -> Iterable[ir.Value]:
@@ -205,7 +205,7 @@ def _fixed(graph: Graph) -> set[ir.Node]:
     return found
 
 
-def _weights(graph: Graph, nodes: list[ir.Node], fixed: set[ir.Node]) -> dict[str | None, Any]:
+def _weights(graph: Graph, nodes: list[ir.Node], fixed: set[ir.Node]) -> dict[str, Any]:
     """What the nodes among ``fixed`` compute for the others: dequantized weights, mostly."""
     inside = [node for node in nodes if node in fixed]
     made = {v for node in inside for v in node.outputs}
@@ -411,7 +411,8 @@ def round_activations(rows: np.ndarray, group: int) -> np.ndarray:
     blocks = rows.reshape(-1, group or rows.shape[1])
     scale = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
     safe = np.where(scale == 0, np.float32(1), scale)
-    return (np.rint(blocks / safe) * scale).reshape(rows.shape)
+    result: np.ndarray = (np.rint(blocks / safe) * scale).reshape(rows.shape)
+    return result
 
 
 __all__ = ["Seen", "Stage", "Streaming", "Walk", "added_to", "find_stages", "round_activations"]
