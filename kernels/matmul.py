@@ -2,8 +2,7 @@
 
 How many rows there are is known at run time. Few of them, as in token generation, are bound by
 memory: a task takes a strip of columns and walks down K several rows of weights at a time, so that
-it reads a few long runs instead of many short ones; the sums of the strip stay in the nearest
-cache. More rows go in blocks whose sums stay in registers, each block over a tile of columns.
+it reads a few long runs instead of many short ones; the sums of the strip stay in a near cache. More rows go in blocks whose sums stay in registers, each block over a tile of columns.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ DEPTH = 8
 """Rows of weights that a single row of activations is multiplied with at once."""
 
 STRIP = 2048
-"""Most columns of a strip for one row; with more rows fewer, so that the sums stay near."""
+"""Most columns of a strip: long runs of weights, and sums that stay in the second cache."""
 
-HEIGHTS = (1, 4)
+HEIGHTS = (1, 4, 8)
 """Numbers of rows that go down strips together."""
 
 ROWS_PER_TASK = 64
@@ -96,7 +95,7 @@ def _strips(
     """Up to ``height`` rows; those that are not there repeat the last one and are not stored."""
     k, n = size
     vectors = n // lanes
-    tasks = -(-n * min(height, 4) // STRIP)
+    tasks = -(-n // STRIP)
     tasks = min(-(-tasks // cores) * cores, vectors)
     share = -(-vectors // tasks)
     with T.parallel(i64(tasks)) as task:
