@@ -2,7 +2,8 @@
 
 How many rows there are is known at run time. Few of them, as in token generation, are bound by
 memory: a task takes a strip of columns and walks down K several rows of weights at a time, so that
-it reads a few long runs instead of many short ones; the sums of the strip stay in a near cache. More rows go in blocks whose sums stay in registers, each block over a tile of columns.
+it reads a few long runs instead of many short ones; the sums of the strip stay in a near cache.
+More rows go in blocks whose sums stay in registers, each block over a tile of columns.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ reference, so a large model is not copied.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -137,14 +138,14 @@ def _without_refused(proto: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
             return
         refused.add(found[1])
         try:
-            model = inline_functions(model, lambda node: _comes_to(model, node, refused))
+            model = inline_functions(model, functools.partial(_comes_to, model, refused))
         except Exception:  # noqa: BLE001 - there is another evaluator
             return
     if refused:
         yield ir.to_proto(model)
 
 
-def _comes_to(model: ir.Model, node: ir.Node, op_types: set[str]) -> bool:
+def _comes_to(model: ir.Model, op_types: set[str], node: ir.Node) -> bool:
     """Whether a node is one of these ops, or its body has one (the runtime inlines by itself)."""
     if node.op_type in op_types:
         return True
