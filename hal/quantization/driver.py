@@ -13,7 +13,7 @@ from hal.errors import CheckFailed, InputError
 from hal.ir import Graph
 from hal.passes.base import PassReport, Pipeline
 from hal.passes.quantize import METADATA_KEY, Quantize
-from hal.passes.quantize.formats import Format, Recipe, Setting
+from hal.passes.quantize.formats import DATA_FREE, KINDS, Format, Recipe, Setting
 from hal.quantization.budget import Bound, parse_budget, parse_size
 from hal.quantization.data import load_calibration
 from hal.quantization.judge import Judge
@@ -73,7 +73,19 @@ def parse_request(
     plan = None if auto else plan_of(quantize)
     if budget and plan is not None and plan.recipe.linear is None:
         raise InputError("a budget needs a format to start from", "as in quantize='w4a16'")
+    if plan is not None and calibration is None:
+        _require_data_free(plan)
     return Request(plan, bounds, size, calibration)
+
+
+def _require_data_free(plan: Plan) -> None:
+    """Refuse methods that look at data, where there is none."""
+    for setting in (*(plan.recipe.setting(kind) for kind in KINDS), *plan.layers.values()):
+        if setting is not None and setting.method not in DATA_FREE:
+            raise InputError(
+                f"method {setting.method!r} looks at data, and none is given",
+                f"add calibration (--calibration), or use {' or '.join(DATA_FREE)}",
+            )
 
 
 def quantize_graph(

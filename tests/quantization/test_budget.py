@@ -51,6 +51,8 @@ def test_a_size_that_does_not_parse_is_an_error(text: str) -> None:
         {"quantize": None, "accuracy_budget": "kl<=0.1"},
         {"quantize": None, "calibration": "text.txt"},
         {"quantize": "w4a16", "accuracy_budget": "kl<=0.1"},
+        {"quantize": "w4a16:gptq"},
+        {"quantize": "w4a16,head=w8a16:awq"},
         {"quantize": "float", "size_budget": "1MB", "calibration": "text.txt"},
     ],
 )
