@@ -98,7 +98,7 @@ def test_something_that_is_no_array_is_refused(pair: hal.Bundle, value: Any) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantize": "w4a16"}, "quantize='w4a16' is not available in this version"),
+        ({"quantize": "w5a16"}, "no weight format 'w5a16'"),
         ({"kv_cache": "pagde"}, "kv_cache='pagde': unknown value 'pagde'"),
         ({"kv_cache": "latent,expanded"}, "asks for both 'latent' and 'expanded'"),
         ({"kv_cache": None}, "kv_cache=None is not text"),

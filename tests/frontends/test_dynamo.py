@@ -44,7 +44,7 @@ def test_a_compiled_module_equals_eager_at_changing_sizes_and_weights() -> None:
     [
         ({"target": "typo"}, "unknown target 'typo'", "known: "),
         ({"target": 5}, "target=5 is neither", "host"),
-        ({"quantize": "w4a16"}, "quantize='w4a16' is not available", "leave it out"),
+        ({"quantize": "w5a16"}, "no weight format 'w5a16'", "as in w4a16"),
         ({"fallbakc": True}, "has no option 'fallbakc'", "did you mean 'fallback'?"),
         ({"output": "x.hal"}, "has no option 'output'", "known: fallback"),
     ],
