@@ -303,7 +303,7 @@ class _Rewrite:
                 ir.AttrInt64("k", codes.k),
                 ir.AttrInt64("bits", codes.bits),
                 ir.AttrInt64("group", codes.group),
-                ir.AttrInt64("signed", int(codes.codes_dtype in _SIGNED)),
+                ir.AttrInt64("signed", int(codes.signed or codes.codes_dtype in _SIGNED)),
             ],
             name=node.name,
         )

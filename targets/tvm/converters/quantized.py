@@ -75,7 +75,9 @@ def gather(op: Op) -> Operand:
         *zeros, i = rest
         row, column = wrapped(where(*i[:-1]), rows), i[-1]
         code = _code(codes, row, column, k, bits)
-        if op.attribute("signed"):
+        if op.attribute("signed") and bits == 3:
+            code = code - half  # planes hold codes that were moved up, not two's complements
+        elif op.attribute("signed"):
             code = tirx.bitwise_xor(code, tirx.const(half, "int32")) - half
         if zero is not None:
             code = code - parameter(zeros[0], zero, row, column).astype("int32")

@@ -292,3 +292,23 @@ def test_rows_are_picked_before_they_are_rounded() -> None:
     got = compile_graph(graph, host()[1], host()[0])({"x": x, "pick": pick})
     wanted = rounded(x, 32)[[0, 1], [2, 0]] @ weights[0].T
     np.testing.assert_allclose(got["y0"][:, 0], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["w3a16,head=w3a8,embedding=w3a16", "w3a16-asym,head=w2a16-asym,embedding=w3a16-asym",
+     "w8a8,embedding=w2a16", "ternary-g64,head=w4a16-channel,embedding=w4a16"],
+)  # fmt: skip
+def test_what_the_quantize_pass_makes_runs_as_the_neutral_graph_means_it(recipe: str) -> None:
+    from hal.ir.evaluate import evaluate
+    from hal.passes.base import Pipeline
+    from hal.passes.quantize import Quantize, parse_recipe
+    from hal.targets.tvm.direct import compile_graph
+    from tests.passes.quantize.toy import language_model
+
+    graph = Pipeline("test", (Quantize(parse_recipe(recipe)),)).run(language_model())[0]
+    given = {"ids": np.arange(40).reshape(2, 20) % 96}
+    right = evaluate(graph, given)["logits"]
+    found = compile_graph(graph)(given)["logits"]
+    limit = 0.02 if "a8" in recipe else 1e-5  # a tie may be rounded to either side
+    assert np.abs(found - right).max() < limit * np.abs(right).max()
