@@ -303,7 +303,6 @@ def test_what_the_quantize_pass_makes_runs_as_the_neutral_graph_means_it(recipe:
     from hal.ir.evaluate import evaluate
     from hal.passes.base import Pipeline
     from hal.passes.quantize import Quantize, parse_recipe
-    from hal.targets.tvm.direct import compile_graph
     from tests.passes.quantize.toy import language_model
 
     graph = Pipeline("test", (Quantize(parse_recipe(recipe)),)).run(language_model())[0]
