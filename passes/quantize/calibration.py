@@ -165,11 +165,6 @@ class Statistics:
     cross: np.ndarray | None = None
     lacking: np.ndarray | None = None
 
-    @property
-    def mean_square(self) -> np.ndarray:
-        """The mean square of each input channel, float32 ``[K]``."""
-        return np.ascontiguousarray(np.diagonal(self.gram))
-
     def with_white(self, part: float) -> Statistics:
         """The same plus ``part`` times inputs of equal size and no correlation; no correction."""
         size = np.float32(part * float(np.trace(self.gram)) / len(self.gram))

@@ -82,13 +82,6 @@ class Format:
         """Dtype of the codes in the graph; three-bit codes are bytes once unpacked."""
         return (_SIGNED if self.symmetric else _UNSIGNED)[self.bits]
 
-    def bits_per_weight(self, columns: int) -> float:
-        """Bits that one weight of rows of ``columns`` takes, scales and zero points included."""
-        group = self.group or columns
-        blocks = -(-columns // group)
-        zero = 0 if self.symmetric else self.bits
-        return self.bits + blocks * (16 + zero) / columns
-
     def __str__(self) -> str:
         """The text that :func:`parse_format` reads."""
         word = "ternary" if self.ternary else f"w{self.bits}"

@@ -19,6 +19,16 @@ from hal.ir import HAL_DOMAIN
 
 CONTRIB = "com.microsoft"
 _NEVER = -1e9
+
+GATED: dict[str, Any] = {
+    "activation_type": "swiglu",
+    "swiglu_fusion": 1,
+    "activation_alpha": 1.0,
+    "activation_beta": 0.0,
+    "normalize_routing_weights": 1,
+}
+"""Attributes of the runtime's ops for ``silu(gate) * up`` with gate and up rows interleaved."""
+
 _SEARCH_DEPTH = 64
 
 
@@ -113,11 +123,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, repacked: dict[ir.Value, ir.Value])
         [x, logits, repacked[gate_up], None, down],
         domain=CONTRIB,
         k=chosen,
-        activation_type="swiglu",
-        swiglu_fusion=1,
-        activation_alpha=1.0,
-        activation_beta=0.0,
-        normalize_routing_weights=1,
+        **GATED,
     )
     scaled = emit("Mul", [fused, total], like=result)
     ir.convenience.replace_nodes_and_values(graph, node, [node], emit.nodes, [result], [scaled])

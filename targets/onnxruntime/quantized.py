@@ -27,7 +27,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from hal.ir import HAL_DOMAIN
-from hal.targets.onnxruntime.moe import CONTRIB, Emitter, router_logits, takes_part
+from hal.targets.onnxruntime.moe import CONTRIB, GATED, Emitter, router_logits, takes_part
 
 STORED_KEY = "hal.stored"
 """Node metadata: how the codes are stored where that is not how the graph has them."""
@@ -435,11 +435,7 @@ def _experts(made: _Made, node: ir.Node) -> bool:
         [node.inputs[0], logits, *operands[0], None, *operands[1]],
         domain=CONTRIB,
         k=chosen,
-        activation_type="swiglu",
-        swiglu_fusion=1,
-        activation_alpha=1.0,
-        activation_beta=0.0,
-        normalize_routing_weights=1,
+        **GATED,
         expert_weight_bits=plane.bits,
         **attributes,
     )

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from hal import InputError
-from hal.passes.quantize import Format, parse_format, parse_recipe
+from hal.passes.quantize import parse_format, parse_recipe
 
 
 @pytest.mark.parametrize(
@@ -27,12 +27,6 @@ def test_a_format_is_read_from_its_name(
         activations,
     )
     assert parse_format(str(form)) == form
-
-
-def test_scales_and_zero_points_count_as_bits() -> None:
-    assert Format(4, 32).bits_per_weight(1024) == 4.5
-    assert Format(4, 32, symmetric=False).bits_per_weight(1024) == 4.625
-    assert Format(8, 0).bits_per_weight(1024) == 8 + 16 / 1024
 
 
 def test_head_and_embedding_keep_eight_bits_unless_told_otherwise() -> None:
