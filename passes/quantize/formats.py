@@ -3,7 +3,8 @@
     >>> parse_recipe("w4a16-g32:gptq, head=w8a16, embedding=float")
 
 A *format* is the dtype of the codes, the length of a block along the input axis and whether the
-blocks have zero points; ``a8`` says that activations are rounded to 8 bits before the product. A
+blocks have zero points; ``a8`` says that activations are rounded to 8 bits before the product.
+``fp8`` and ``mxfp4`` are codes that are small floats themselves. A
 *setting* is a format and the method that finds the codes. A *recipe* gives each kind of layer its
 setting.
 """
@@ -22,8 +23,11 @@ METHODS = ("rtn", "hqq", "gptq", "awq")
 
 DATA_FREE = ("rtn", "hqq")
 
-KINDS = ("linear", "embedding", "head", "experts")
+KINDS = ("linear", "embedding", "head", "experts", "conv")
 """Kinds of layers that a recipe may treat differently; the others follow ``linear``."""
+
+CONV_BITS = (8, 4)
+"""Bits that the weights of convolutions may take."""
 
 _SIGNED = {
     8: ir.DataType.INT8,
@@ -37,10 +41,13 @@ _UNSIGNED = {
     3: ir.DataType.UINT8,
     2: ir.DataType.UINT2,
 }
+_FLOATS = {"fp8": (8, ir.DataType.FLOAT8E4M3FN), "mxfp4": (4, ir.DataType.FLOAT4E2M1)}
+_LARGEST = {"fp8": 448, "mxfp4": 6}
 _GROUPS = (16, 32, 64, 128, 256)
-_WORD = re.compile(r"w(8|4|3|2)(?:a(8|16))?$")
+_WORD = re.compile(r"(w8|w4|w3|w2|ternary|fp8|mxfp4)(?:a(8|16))?$")
 _HINT = (
-    "as in w4a16-g32:gptq: w8|w4|w3|w2 or ternary, a16|a8, -g32 or -channel, -sym|-asym, :method"
+    "as in w4a16-g32:gptq: w8|w4|w3|w2, ternary, fp8 or mxfp4, a16|a8, -g32 or -channel,"
+    " -sym|-asym, -static, :method"
 )
 
 
@@ -54,6 +61,10 @@ class Format:
         symmetric: signed codes without zero points; otherwise unsigned ones with.
         activations: 16 leaves the activations as they are, 8 rounds them in blocks of ``group``.
         ternary: codes are -1, 0 and 1 only (two bits each).
+        code: what a code is: an ``integer``; ``fp8``, a float of 8 bits (E4M3); ``mxfp4``, a float
+            of 4 bits (E2M1) whose scales are powers of two, as the OCP Microscaling formats say.
+        static: activations have one scale and zero point for each tensor, found on calibration
+            data, and not one for each block, found in every call.
     """
 
     bits: int
@@ -61,15 +72,26 @@ class Format:
     symmetric: bool = True
     activations: int = 16
     ternary: bool = False
+    code: str = "integer"
+    static: bool = False
+
+    @property
+    def integer(self) -> bool:
+        """Whether codes are integers."""
+        return self.code == "integer"
 
     @property
     def lowest(self) -> int:
         """The smallest code less its zero point, for symmetric formats."""
+        if not self.integer:
+            return -_LARGEST[self.code]
         return -1 if self.ternary else -(1 << (self.bits - 1))
 
     @property
     def highest(self) -> int:
         """The largest code less its zero point, for symmetric formats."""
+        if not self.integer:
+            return _LARGEST[self.code]
         return 1 if self.ternary else (1 << (self.bits - 1)) - 1
 
     @property
@@ -80,14 +102,22 @@ class Format:
     @property
     def dtype(self) -> ir.DataType:
         """Dtype of the codes in the graph; three-bit codes are bytes once unpacked."""
+        if not self.integer:
+            return _FLOATS[self.code][1]
         return (_SIGNED if self.symmetric else _UNSIGNED)[self.bits]
+
+    @property
+    def scale_dtype(self) -> ir.DataType:
+        """Dtype of the scales in the graph."""
+        return ir.DataType.FLOAT8E8M0 if self.code == "mxfp4" else ir.DataType.FLOAT16
 
     def __str__(self) -> str:
         """The text that :func:`parse_format` reads."""
-        word = "ternary" if self.ternary else f"w{self.bits}"
+        word = "ternary" if self.ternary else f"w{self.bits}" if self.integer else self.code
         word += f"a{self.activations}"
         group = f"-g{self.group}" if self.group else "-channel"
-        return word + group + ("" if self.symmetric else "-asym")
+        word += group + ("" if self.symmetric else "-asym")
+        return word + ("-static" if self.static else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +140,7 @@ class Recipe:
     embedding: Setting | None = None
     head: Setting | None = None
     experts: Setting | None = None
+    conv: Setting | None = None
 
     def setting(self, kind: str) -> Setting | None:
         """The setting of layers of ``kind``."""
@@ -120,7 +151,8 @@ class Recipe:
         """The text that :func:`parse_recipe` reads."""
         parts = [str(self.linear or "float")]
         for kind in KINDS[1:]:
-            if self.setting(kind) != self.linear:
+            expected = _for_convolutions(self.linear) if kind == "conv" else self.linear
+            if self.setting(kind) != expected:
                 parts.append(f"{kind}={self.setting(kind) or 'float'}")
         return ",".join(parts)
 
@@ -135,29 +167,58 @@ def parse_format(text: str) -> Format:
     """
     word, *options = text.strip().lower().split("-")
     found = _WORD.match(word)
-    ternary = re.match(r"ternary(?:a(8|16))?$", word)
-    if not found and not ternary:
-        known = [f"w{b}a{a}" for b in (8, 4, 3, 2) for a in (16, 8)] + ["ternary"]
+    if not found:
+        known = [f"w{b}a{a}" for b in (8, 4, 3, 2) for a in (16, 8)]
+        known += ["ternary", "fp8a16", "mxfp4a16", "mxfp4a8"]
         raise InputError(f"no weight format {word!r}", f"{did_you_mean(word, known)}; {_HINT}")
-    bits = int(found[1]) if found else 2
-    activations = int((found[2] if found else ternary[1] if ternary else None) or 16)
-    group, symmetric = 32, True
+    kind = found[1]
+    bits = 2 if kind == "ternary" else int(kind[-1])
+    form = Format(
+        bits,
+        activations=int(found[2] or 16),
+        ternary=kind == "ternary",
+        code=kind if kind in _FLOATS else "integer",
+    )
     for option in options:
         if option == "channel":
-            group = 0
+            form = dataclasses.replace(form, group=0)
+        elif option == "static":
+            form = dataclasses.replace(form, group=0, static=True)
         elif option in ("sym", "asym"):
-            symmetric = option == "sym"
+            form = dataclasses.replace(form, symmetric=option == "sym")
         elif re.fullmatch(r"g\d+", option):
-            group = int(option[1:])
-            if group not in _GROUPS:
-                raise InputError(
-                    f"a group of {group} weights", f"groups are {', '.join(map(str, _GROUPS))}"
-                )
+            form = dataclasses.replace(form, group=_group(int(option[1:])))
         else:
             raise InputError(f"{text!r}: what is {option!r}?", _HINT)
-    if ternary and not symmetric:
-        raise InputError(f"{text!r}: ternary codes have no zero points", "leave -asym out")
-    return Format(bits, group, symmetric, activations, bool(ternary))
+    _check(form, text)
+    return form
+
+
+def _group(length: int) -> int:
+    if length not in _GROUPS:
+        raise InputError(
+            f"a group of {length} weights", f"groups are {', '.join(map(str, _GROUPS))}"
+        )
+    return length
+
+
+def _check(form: Format, text: str) -> None:
+    """Refuse what the words allow and the formats do not have."""
+    if not form.symmetric and (form.ternary or not form.integer):
+        what = "ternary codes" if form.ternary else f"{form.code} codes"
+        raise InputError(f"{text!r}: {what} have no zero points", "leave -asym out")
+    plain = form.integer and form.symmetric and form.bits == 8 and not form.group
+    if form.static and (form.activations != 8 or not plain):
+        raise InputError(
+            f"{text!r}: static activations go with 8 bits and one scale a row", "write w8a8-static"
+        )
+    if form.code == "mxfp4" and form.group != 32:
+        raise InputError(f"{text!r}: mxfp4 has blocks of 32", "leave the group out")
+    if form.code == "fp8" and form.activations == 8:
+        raise InputError(
+            f"{text!r}: activations rounded to 8 bits are for products of integers",
+            "use fp8a16, or w8a8",
+        )
 
 
 def parse_setting(text: str) -> Setting | None:
@@ -175,11 +236,12 @@ def parse_setting(text: str) -> Setting | None:
 
 
 def parse_recipe(text: str) -> Recipe:
-    """Read ``SETTING[, KIND=SETTING …]``, kinds ``embedding``, ``head`` and ``experts``.
+    """Read ``SETTING[, KIND=SETTING …]``, kinds ``embedding``, ``head``, ``experts``, ``conv``.
 
     Experts follow the first setting, symmetric, and with one scale a row from 8 bits up. Embedding
     and head follow it from 8 bits up; below, they are kept at 8 bits with the same activations,
-    since they carry most of the damage for few bytes.
+    since they carry most of the damage for few bytes. Convolutions have 8 bits, a scale for each
+    output channel, and static activations if the first setting rounds them.
 
     Raises:
         InputError: a part does not parse.
@@ -192,14 +254,15 @@ def parse_recipe(text: str) -> Recipe:
     embedding = kept
     if kept is not None:
         embedding = dataclasses.replace(
-            kept, format=dataclasses.replace(kept.format, activations=16)
+            kept, format=dataclasses.replace(kept.format, activations=16, static=False)
         )
     experts = linear
     if experts is not None:
         group = 0 if experts.format.bits == 8 else experts.format.group
         plain = dataclasses.replace(experts.format, group=group, symmetric=True, activations=16)
+        plain = dataclasses.replace(plain, static=False)
         experts = dataclasses.replace(experts, format=plain)
-    recipe = Recipe(linear, embedding, kept, experts)
+    recipe = Recipe(linear, embedding, kept, experts, _for_convolutions(linear))
     for other in others:
         kind, equals, setting = other.partition("=")
         kind = kind.strip().lower()
@@ -208,5 +271,35 @@ def parse_recipe(text: str) -> Recipe:
                 f"{other.strip()!r} is no KIND=FORMAT",
                 f"{did_you_mean(kind, KINDS[1:])}; as in head=w8a16 or embedding=float",
             )
-        recipe = dataclasses.replace(recipe, **{kind: parse_setting(setting)})
+        found = parse_setting(setting)
+        recipe = dataclasses.replace(
+            recipe, **{kind: conv_setting(found) if kind == "conv" else found}
+        )
     return recipe
+
+
+def _for_convolutions(linear: Setting | None) -> Setting | None:
+    """What convolutions get where the recipe does not name them."""
+    if linear is None:
+        return None
+    rounded = linear.format.activations == 8
+    return Setting(Format(8, 0, activations=8 if rounded else 16, static=rounded))
+
+
+def conv_setting(asked: Setting | None) -> Setting | None:
+    """A setting as convolutions can have it: a scale for each output channel, no blocks.
+
+    Raises:
+        InputError: they cannot have it.
+    """
+    if asked is None:
+        return None
+    form = asked.format
+    static = form.activations == 8
+    fits = form.integer and not form.ternary and form.bits in CONV_BITS
+    if not fits or (static and (form.bits != 8 or not form.symmetric)):
+        raise InputError(
+            f"convolutions cannot have {str(form)!r}",
+            "they take w8a8 (static activations), w8a16 and w4a16",
+        )
+    return Setting(dataclasses.replace(form, group=0, static=static))
