@@ -26,6 +26,7 @@ from hal.errors import GraphError, InputError, did_you_mean
 from hal.ir.graph import Graph
 from hal.ir.inline import function_body, inline_functions
 from hal.ir.ortvalue import as_numpy, from_ort, to_ort
+from hal.ir.small_floats import restate_small_floats
 
 _EMBED_LIMIT = 4096  # bytes; larger initializers are fed as inputs
 
@@ -158,6 +159,7 @@ def _weightless(
 ) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """The model with large initializers turned into inputs, and their arrays."""
     model = graph.model.clone()
+    restate_small_floats(model.graph)  # ONNX Runtime 1.32 knows no floats of 4 bits
     if outputs is not None:
         known = {v.name or "": v for v in _values(model.graph)}
         for name in outputs:

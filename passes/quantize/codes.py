@@ -19,8 +19,9 @@ class Codes:
     """A matrix ``[R, C]`` in ``format``.
 
     Attributes:
-        codes: int8 (symmetric) or uint8 ``[R, C]``.
-        scale: float16 ``[R, G]``, G blocks along C, the last one perhaps shorter.
+        codes: int8 (symmetric), uint8, or floats of a byte each (see :mod:`.grid`) ``[R, C]``.
+        scale: float16 ``[R, G]``, G blocks along C, the last one perhaps shorter; powers of two
+            where the format says so.
         zero: uint8 ``[R, G]`` for asymmetric formats.
     """
 
@@ -47,7 +48,8 @@ class Codes:
         """Bytes in the bundle."""
         rows, columns = self.codes.shape
         zeros = 0 if self.zero is None else self.zero.size * self.format.bits // 8
-        return int(rows * columns * self.format.bits // 8 + self.scale.nbytes + zeros)
+        scales = self.scale.size * self.format.scale_dtype.itemsize
+        return int(rows * columns * self.format.bits // 8 + scales + zeros)
 
 
 def joined(parts: Sequence[Codes]) -> Codes:
@@ -59,6 +61,12 @@ def joined(parts: Sequence[Codes]) -> Codes:
         np.concatenate([part.scale for part in parts]),
         np.concatenate(zeros) if zeros else None,
     )
+
+
+def stored_scale(codes: Codes, shape: tuple[int, ...]) -> ir.TensorProtocol:
+    """Scales as the graph has them."""
+    dtype = codes.format.scale_dtype
+    return ir.Tensor(codes.scale.astype(dtype.numpy()).reshape(shape), dtype)
 
 
 def pack(codes: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.TensorProtocol:

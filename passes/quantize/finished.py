@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from hal.passes.quantize.codes import Codes
 from hal.passes.quantize.formats import Setting
+from hal.passes.quantize.grid import code_dtype
 
-_VERSION = "1"
+_VERSION = "2"
 """Changes when a method does, so that nothing stale is taken up."""
 
 
@@ -45,7 +46,9 @@ class Finished:
             return None
         try:
             arrays = load_file(path)
-            return Codes(setting.format, arrays["codes"], arrays["scale"], arrays.get("zero"))
+            form = setting.format
+            codes = arrays["codes"].view(code_dtype(form))
+            return Codes(form, codes, arrays["scale"], arrays.get("zero"))
         except (SafetensorError, KeyError, OSError):
             return None
 
@@ -54,7 +57,7 @@ class Finished:
         path = self._path(key)
         if path is None:
             return
-        arrays = {"codes": codes.codes, "scale": codes.scale}
+        arrays = {"codes": codes.codes.view(np.uint8), "scale": codes.scale}
         if codes.zero is not None:
             arrays["zero"] = codes.zero
         temporary = path.with_suffix(f".{os.getpid()}")

@@ -26,6 +26,7 @@ from hal.passes.quantize.calibration import Statistics
 from hal.passes.quantize.codes import Codes, joined
 from hal.passes.quantize.factor import lower_factor, solve
 from hal.passes.quantize.formats import Format
+from hal.passes.quantize.grid import code_dtype, round_scale, round_to_grid
 from hal.passes.quantize.rtn import round_to_nearest
 
 _CHANNEL_BLOCK = 128
@@ -204,7 +205,7 @@ class _State:
         low, high = self.bounds(group)
         for place, column in enumerate(columns):
             target = self.weight[column] + feedback[place] / factor[place, place]
-            code = np.clip(np.rint(target * inverse), low, high)
+            code = np.clip(round_to_grid(target * inverse, self.form), low, high)
             self.codes[column] = code
             errors[place] = self.weight[column] - code * scale
             if place + 1 < len(columns):
@@ -256,7 +257,7 @@ class _State:
         for place in range(len(inner)):
             column = part.start + place
             old = self.codes[column]
-            best = np.rint(old + gradient[place] * inverse / inner[place, place])
+            best = round_to_grid(old + gradient[place] * inverse / inner[place, place], self.form)
             code = np.clip(best, low, high)
             if np.array_equal(code, old):
                 continue
@@ -274,7 +275,7 @@ class _State:
         along = np.einsum("kn,kn->n", codes, gradient)
         scale = self.scale[group] + np.where(across > 0, along / np.maximum(across, 1e-30), 0)
         with np.errstate(over="ignore"):
-            scale = scale.astype(np.float16).astype(np.float32)
+            scale = round_scale(scale, self.form).astype(np.float32)
         delta = scale - self.scale[group]
         gain = 2 * delta * along - delta * delta * across
         delta = np.where((gain > 0) & np.isfinite(scale), delta, 0)
@@ -289,10 +290,9 @@ class _State:
             zero = np.ascontiguousarray(self.zero.T.astype(np.uint8))
             spread = np.repeat(self.zero, self.length, axis=0)[: len(self.codes)]
             codes = (self.codes + spread).T
-        dtype = np.int8 if zero is None else np.uint8
         return Codes(
             self.form,
-            np.ascontiguousarray(codes.astype(dtype)),
+            np.ascontiguousarray(codes.astype(code_dtype(self.form))),
             np.ascontiguousarray(self.scale.T.astype(np.float16)),
             zero,
         )

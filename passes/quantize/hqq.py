@@ -16,6 +16,7 @@ import numpy as np
 
 from hal.passes.quantize.codes import Codes
 from hal.passes.quantize.formats import Format
+from hal.passes.quantize.grid import round_scale, round_to_grid
 from hal.passes.quantize.rtn import cores, in_blocks, round_to_nearest
 
 _NORM = 0.7
@@ -59,7 +60,7 @@ def _solve(
     spread = np.maximum(np.abs(blocks).mean(1), 1e-12)
     beta = np.float32(10.0)
     for _ in range(_ROUNDS):
-        scale = scale.astype(np.float16).astype(np.float32)
+        scale = round_scale(scale, form).astype(np.float32)
         codes = _codes(blocks, scale, zero, form)
         centred = codes - zero[:, None]
         wrong = (blocks - centred * scale[:, None]) / spread[:, None]
@@ -85,8 +86,9 @@ def _codes(blocks: np.ndarray, scale: np.ndarray, zero: np.ndarray, form: Format
     with np.errstate(divide="ignore", invalid="ignore"):
         inverse = 1 / scale
     inverse[~np.isfinite(inverse)] = 0
-    codes: np.ndarray = np.rint(blocks * inverse[:, None])
+    codes = round_to_grid(blocks * inverse[:, None], form)
     if form.symmetric:
         return np.clip(codes, form.lowest, form.highest, out=codes)
     codes += zero[:, None]
-    return np.clip(codes, 0, form.levels, out=codes)
+    result: np.ndarray = np.clip(codes, 0, form.levels, out=codes)
+    return result

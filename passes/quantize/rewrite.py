@@ -7,7 +7,7 @@ import onnx_ir as ir
 from hal.ir import HAL_DOMAIN, Graph
 from hal.ir.quant_ops import ROUND_ACTIVATIONS, UNPACK_BITS
 from hal.passes._edit import Editor, is_op
-from hal.passes.quantize.codes import Codes, pack, pack_three_bits
+from hal.passes.quantize.codes import Codes, pack, pack_three_bits, stored_scale
 from hal.passes.quantize.layers import Layer
 
 
@@ -41,7 +41,7 @@ def _dequantize(edit: Editor, layer: Layer, codes: Codes) -> ir.Value:
     stored = _stored(edit, base, codes, shape)
     by_channel = form.group == 0 and len(shape) == 2
     scale_shape = (shape[0],) if by_channel else blocks
-    inputs = [stored, edit.tensor(ir.Tensor(codes.scale.reshape(scale_shape)), f"{base}.scale")]
+    inputs = [stored, edit.tensor(stored_scale(codes, scale_shape), f"{base}.scale")]
     if codes.zero is not None:
         inputs.append(edit.tensor(pack(codes.zero, form.dtype, scale_shape), f"{base}.zero"))
     dtype = layer.weight.dtype or ir.DataType.FLOAT
@@ -65,7 +65,7 @@ def exchange(layer: Layer, codes: Codes) -> None:
     assert scale.const_value is not None
     shape = tuple(int(d) for d in scale.const_value.shape.numpy())
     _set(stored, _packed(codes, layer.shape))
-    _set(scale, ir.Tensor(codes.scale.reshape(shape)))
+    _set(scale, stored_scale(codes, shape))
     if codes.zero is not None:
         _set(zero[0], pack(codes.zero, codes.format.dtype, shape))
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from hal.passes.quantize.codes import Codes
 from hal.passes.quantize.formats import Format
+from hal.passes.quantize.grid import code_dtype, round_scale, round_to_grid
 
 _AT_ONCE = 1 << 16
 """Weights that are worked on together: with their temporaries they fit a core's cache."""
@@ -23,13 +24,17 @@ _SHRINK = {
 
 _SHRINK_TERNARY = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3)
 
+_SHRINK_FLOATS = {"fp8": (1.0, 0.93, 1.07, 1.15, 1.25, 1.36, 1.5, 1.7), "mxfp4": (0.5, 1.0, 2.0)}
+"""Floats lose little where scales are too large: what differs is where numbers fall between
+powers of two. Powers of two are not refined, so all near ones are tried."""
+
 
 def round_to_nearest(
     weight: np.ndarray, form: Format, importance: np.ndarray | None = None
 ) -> Codes:
     """Quantize a matrix ``[R, C]`` float32, each block by itself.
 
-    Symmetric codes use their whole range: the value farthest from zero gets the lowest code, so a
+    Symmetric integers use their whole range: the value farthest from zero gets the lowest code, so a
     scale may be negative. Of several scales the one with the least squared error is taken, after
     the best scale for its codes was solved for. ``importance`` ``[C]`` weighs the errors of the
     columns (the mean square of the input there).
@@ -40,7 +45,7 @@ def round_to_nearest(
     if importance is not None:
         weights = in_blocks(np.maximum(importance, 1e-12)[None], form.group).astype(np.float32)
     count, length = blocks.shape
-    codes = np.empty((count, length), np.int8 if form.symmetric else np.uint8)
+    codes = np.empty((count, length), code_dtype(form))
     scale = np.empty(count, np.float16)
     zero = None if form.symmetric else np.empty(count, np.uint8)
     per_row = count // rows
@@ -93,34 +98,49 @@ def _symmetric(blocks: np.ndarray, form: Format, weights: np.ndarray | None) -> 
     """Codes (float), scales float16 and no zero points for blocks ``[n, g]``."""
     size = np.abs(blocks)
     extreme = np.take_along_axis(blocks, size.argmax(1)[:, None], 1)[:, 0]
-    base = extreme / np.float32(form.lowest)
-    best = np.full(len(blocks), -1.0, np.float32)
+    base = round_scale(extreme / np.float32(form.lowest), form).astype(np.float32)
+    best = np.full(len(blocks), -np.inf, np.float32)
     chosen = base.copy()
-    ratio, codes = np.empty_like(blocks), np.empty_like(blocks)
+    ratio = np.empty_like(blocks)
     weighted = blocks if weights is None else blocks * weights
+    fixed = form.code == "mxfp4"  # scales cannot follow the codes
+    for factor in _factors(form):
+        tried = base * np.float32(factor)
+        codes = _rounded(blocks, tried, form, ratio)
+        along = np.einsum("ng,ng->n", weighted, codes)
+        if weights is None:
+            across = np.einsum("ng,ng->n", codes, codes)
+        else:
+            across = np.einsum("ng,ng,ng->n", codes, codes, weights)
+        scale = tried if fixed else _ratio(along, across)
+        gain = scale * (2 * along - scale * across)  # what the error is less by
+        better = gain > best
+        best[better] = gain[better]
+        chosen[better] = scale[better]
+    found = round_scale(chosen, form)
+    return _rounded(blocks, found.astype(np.float32), form, ratio), found, None
+
+
+def _factors(form: Format) -> tuple[float, ...]:
+    if not form.integer:
+        return _SHRINK_FLOATS[form.code]
+    return _SHRINK_TERNARY if form.ternary else _SHRINK[form.bits]
+
+
+def _ratio(along: np.ndarray, across: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
-        for factor in _SHRINK_TERNARY if form.ternary else _SHRINK[form.bits]:
-            inverse = 1 / (base * np.float32(factor))
-            inverse[~np.isfinite(inverse)] = 0
-            np.multiply(blocks, inverse[:, None], out=ratio)
-            np.rint(ratio, out=codes)
-            np.clip(codes, form.lowest, form.highest, out=codes)
-            along = np.einsum("ng,ng->n", weighted, codes)
-            if weights is None:
-                across = np.einsum("ng,ng->n", codes, codes)
-            else:
-                across = np.einsum("ng,ng,ng->n", codes, codes, weights)
-            gain = np.where(across > 0, along * along / across, 0)  # what the error is less by
-            better = gain > best
-            best[better] = gain[better]
-            chosen[better] = np.where(across > 0, along / across, 0)[better]
-        scale = chosen.astype(np.float16)
-        inverse = 1 / scale.astype(np.float32)
-        inverse[~np.isfinite(inverse)] = 0
-        np.multiply(blocks, inverse[:, None], out=ratio)
-    np.rint(ratio, out=codes)
-    np.clip(codes, form.lowest, form.highest, out=codes)
-    return codes, scale, None
+        result: np.ndarray = np.where(across > 0, along / across, 0)
+    return result
+
+
+def _rounded(blocks: np.ndarray, scale: np.ndarray, form: Format, out: np.ndarray) -> np.ndarray:
+    """The numbers that codes of ``blocks`` ``[n, g]`` stand for, written to ``out``."""
+    with np.errstate(divide="ignore"):
+        inverse = 1 / scale
+    inverse[~np.isfinite(inverse)] = 0
+    np.multiply(blocks, inverse[:, None], out=out)
+    round_to_grid(out, form)
+    return np.clip(out, form.lowest, form.highest, out=out)
 
 
 def _asymmetric(blocks: np.ndarray, form: Format, weights: np.ndarray | None) -> _Found:

@@ -14,6 +14,8 @@ from hal.passes.quantize import parse_format, parse_recipe
         ("W3A16-Asym", 3, 32, False, 16),
         ("w2-channel", 2, 0, True, 16),
         ("ternarya8-g16", 2, 16, True, 8),
+        ("fp8-channel", 8, 0, True, 16),
+        ("mxfp4a8", 4, 32, True, 8),
     ],
 )
 def test_a_format_is_read_from_its_name(
@@ -47,7 +49,7 @@ def test_experts_are_symmetric_and_eight_bits_have_a_scale_for_each_row() -> Non
 @pytest.mark.parametrize(
     "text",
     ["", "w5a16", "w4a16-g31", "w4a16-soft", "w4a16:magic", "w4a16,tail=w8a16", "ternary-asym",
-     "w4a16,head", "w4a16 w8a8"],
+     "fp8a8", "mxfp4-asym", "mxfp4-g64", "fp8-asym", "w4a16,head", "w4a16 w8a8"],
 )  # fmt: skip
 def test_what_does_not_parse_is_an_error_with_a_hint(text: str) -> None:
     with pytest.raises(InputError) as caught:

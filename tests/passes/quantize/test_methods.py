@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from hal.passes.quantize.codes import Codes
 from hal.passes.quantize.formats import Format, parse_format
+from hal.passes.quantize.grid import STORED, round_to_grid
 from hal.passes.quantize.hqq import half_quadratic
 from hal.passes.quantize.rtn import round_to_nearest
 
 FORMATS = [
     "w8-g32", "w8-channel", "w4-g16", "w4-g32-asym", "w4-channel", "w3-g64", "w3-g32-asym",
-    "w2-g32", "w2-g32-asym", "ternary-g32",
+    "w2-g32", "w2-g32-asym", "ternary-g32", "fp8-g32", "fp8-channel", "mxfp4",
 ]  # fmt: skip
 
 
@@ -45,9 +46,10 @@ def test_codes_stay_in_range_and_beat_the_plain_scale(text: str, seed: int) -> N
     weight = matrix(seed)
     found = round_to_nearest(weight, form)
     low, high = (form.lowest, form.highest) if form.symmetric else (0, form.levels)
-    assert low <= found.codes.min()
-    assert found.codes.max() <= high
-    if form.symmetric and form.group != 64:  # 96 columns are no whole blocks of 64
+    numbers = found.codes.astype(np.float32)
+    assert low <= numbers.min()
+    assert numbers.max() <= high
+    if form.integer and form.symmetric and form.group != 64:  # 96 columns are no whole blocks of 64
         assert error(weight, found) <= plain(weight, form) * 1.001
 
 
@@ -61,6 +63,32 @@ def test_half_quadratic_is_better_in_the_norm_that_it_minimises(text: str) -> No
         return float((np.abs(weight - codes.dequantized()) ** 0.7).sum())
 
     assert cost(half_quadratic(weight, form)) <= cost(round_to_nearest(weight, form)) * 1.0001
+
+
+@pytest.mark.parametrize("text", ["fp8", "mxfp4"])
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**31), st.floats(-12, 12))
+def test_codes_that_are_floats_round_as_their_dtype_does(
+    text: str, seed: int, exponent: float
+) -> None:
+    form = parse_format(text)
+    values = np.random.default_rng(seed).standard_normal(500).astype(np.float32)
+    values = np.clip(values * np.float32(2.0**exponent), form.lowest, form.highest)
+    values[:4] = 0.25, 0.75, 2.5, 5  # ties
+    wanted = values.astype(STORED[text]).astype(np.float32)
+    np.testing.assert_array_equal(round_to_grid(values, form), wanted)
+
+
+def test_floats_of_four_bits_have_powers_of_two_as_scales_and_the_best_ones() -> None:
+    form, weight = parse_format("mxfp4"), matrix(7)
+    found = round_to_nearest(weight, form)
+    assert not np.any(np.frexp(found.scale)[0] != 0.5)
+    blocks = weight.reshape(-1, 32)
+    largest = np.abs(blocks).max(1, keepdims=True)
+    scale = np.exp2(np.floor(np.log2(largest)) - 2)  # what the OCP specification proposes
+    codes = np.clip(round_to_grid(blocks / scale, form), -6, 6)
+    assert error(weight, found) <= float(((blocks - codes * scale) ** 2).sum())
+    assert found.nbytes == weight.size // 2 + weight.size // 32
 
 
 def test_blocks_of_zeros_and_the_whole_negative_range_are_exact() -> None:

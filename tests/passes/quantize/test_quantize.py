@@ -46,7 +46,8 @@ def test_layers_have_a_kind_and_one_that_chooses_is_marked() -> None:
     [
         ("w8a16", 0.02), ("w8a8", 0.03), ("w8a16-channel", 0.03), ("w4a16", 0.15),
         ("w4a8-asym:hqq", 0.15), ("w3a16", 0.3), ("w3a16-asym", 0.3), ("w2a16", 0.7),
-        ("ternary", 0.8), ("w4a16,head=w4a16,embedding=w4a16", 0.2),
+        ("ternary", 0.8), ("fp8", 0.05), ("fp8-channel:hqq", 0.06), ("mxfp4", 0.25),
+        ("mxfp4a8:hqq", 0.25), ("w4a16,head=w4a16,embedding=w4a16", 0.2),
     ],
 )  # fmt: skip
 def test_every_format_runs_and_costs_what_its_bits_say(recipe: str, worst: float) -> None:
