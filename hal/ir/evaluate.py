@@ -28,6 +28,11 @@ from hal.ir.inline import function_body, inline_functions
 from hal.ir.ortvalue import as_numpy, from_ort, to_ort
 from hal.ir.small_floats import restate_small_floats
 
+_OLDER = 26
+_ONLY_NEW_DTYPES = {"Cast", "DepthToSpace", "DequantizeLinear", "QuantizeLinear", "SpaceToDepth"}
+"""Ops whose newest revisions add dtypes, which a model that runs with the older ones does not have.
+"""
+
 _EMBED_LIMIT = 4096  # bytes; larger initializers are fed as inputs
 
 
@@ -116,6 +121,7 @@ class Evaluator:
 def _variants(proto: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
     """The model as it is, then with functions inlined: those ORT lacks, those in ONNX schemas."""
     yield proto
+    yield from _with_older_kernels(proto)
     yield from _without_refused(proto)
     try:
         yield onnx.inliner.inline_selected_functions(
@@ -123,6 +129,32 @@ def _variants(proto: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
         )
     except Exception:  # noqa: BLE001 - onnx's inliner cannot type every model; there is another evaluator
         return
+
+
+def _with_older_kernels(proto: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
+    """The model in the newest operator set of ONNX Runtime 1.32, if nothing says less there."""
+    used = {op.domain: op.version for op in proto.opset_import}
+    version = used.get("", used.get("ai.onnx", 0))
+    if version <= _OLDER:
+        return
+    op_types = {node.op_type for node in _nodes(proto.graph) if node.domain in ("", "ai.onnx")}
+    for op_type in op_types - _ONLY_NEW_DTYPES:
+        if onnx.defs.get_schema(op_type, version).since_version > _OLDER:
+            return
+    older = onnx.ModelProto()
+    older.CopyFrom(proto)
+    for op in older.opset_import:
+        if op.domain in ("", "ai.onnx"):
+            op.version = _OLDER
+    yield older
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)
 
 
 def _without_refused(proto: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
