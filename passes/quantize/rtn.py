@@ -34,8 +34,8 @@ def round_to_nearest(
 ) -> Codes:
     """Quantize a matrix ``[R, C]`` float32, each block by itself.
 
-    Symmetric integers use their whole range: the value farthest from zero gets the lowest code, so a
-    scale may be negative. Of several scales the one with the least squared error is taken, after
+    Symmetric integers use their whole range: the value farthest from zero gets the lowest code, so
+    a scale may be negative. Of several scales the one with the least squared error is taken, after
     the best scale for its codes was solved for. ``importance`` ``[C]`` weighs the errors of the
     columns (the mean square of the input there).
     """

@@ -10,7 +10,7 @@ The CPU kernels of onnxruntime 1.32 that were found to run at full speed decide 
   2 bits; the rounding is that of ``hal::RoundActivations``, to the last bits;
 - with float activations: 4 bits only (others dequantize the whole matrix in every call, 20 to 60
   times slower). So 8-bit codes are split in two products of 4 bits, ``16 * (h - 8) + l``, which is
-  exact; 3- and 2-bit codes are stored in 4 bits.
+  exact; 3- and 2-bit codes are stored in 4 bits, and floats of 4 bits, doubled, are codes of 8.
 
 What does not fit stays ``DequantizeLinear``, which the runtime expands in each call.
 """
@@ -27,6 +27,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from hal.ir import HAL_DOMAIN
+from hal.ir.small_floats import RESTATED_KEY, restate_small_floats
+from hal.targets.onnxruntime.float_codes import widen_floats
 from hal.targets.onnxruntime.moe import CONTRIB, GATED, Emitter, router_logits, takes_part
 
 STORED_KEY = "hal.stored"
@@ -50,6 +52,7 @@ class Blocks:
             None for the middle code.
         name: of the codes in the graph.
         zeros: whether there are zero points.
+        source: what the codes are in the neutral graph, where that is not integers of ``bits``.
     """
 
     bits: int
@@ -58,6 +61,7 @@ class Blocks:
     read: Callable[[], tuple[np.ndarray, np.ndarray, np.ndarray | None]]
     name: str
     zeros: bool
+    source: str = ""
 
     @property
     def count(self) -> int:
@@ -67,8 +71,8 @@ class Blocks:
 
 def fuse_quantized(model: ir.Model) -> bool:
     """Rewrite ``model`` in place where a kernel reads the codes; say whether there was one."""
+    changed = restate_small_floats(model.graph)
     made = _Made(model.graph)
-    changed = False
     for node in list(model.graph):
         if node.op_type == "MatMul" and not node.domain:
             changed |= _product(made, node)
@@ -76,6 +80,7 @@ def fuse_quantized(model: ir.Model) -> bool:
             changed |= _look_up(made, node)
         elif node.op_type == "MixtureOfExperts" and node.domain == HAL_DOMAIN:
             changed |= _experts(made, node)
+    changed |= widen_floats(model.graph, STORED_KEY)
     if changed:
         common.RemoveUnusedNodesPass()(model)
     return changed
@@ -133,7 +138,9 @@ def blocks_of(value: ir.Value | None) -> Blocks | None:
     bits = 3 if three else _BITS[codes.dtype]
     zeros = zero is not None or not signed
     read = _Reader(codes, scale, zero, shape, block, three, signed)
-    return Blocks(bits, shape, block, read, codes.name or "codes", zeros)
+    was = node.metadata_props.get(RESTATED_KEY, "")
+    source = f"{was}-bit float" if was else ""
+    return Blocks(bits, shape, block, read, codes.name or "codes", zeros, source)
 
 
 _BITS = {
@@ -382,13 +389,9 @@ def _look_up(made: _Made, node: ir.Node) -> bool:
     """``Gather(w, ids)`` along rows; 8-bit codes need no halves here."""
     table, ids = node.inputs
     blocks = blocks_of(table)
-    if (
-        blocks is None
-        or len(blocks.shape) != 2
-        or node.attributes.get_int("axis", 0) not in (0, -2)
-    ):
+    if blocks is None or len(blocks.shape) != 2 or blocks.shape[1] % blocks.block:
         return False
-    if blocks.shape[1] % blocks.block:
+    if node.attributes.get_int("axis", 0) not in (0, -2):
         return False
     plane = _Plane(4 if blocks.bits == 3 else blocks.bits)
     result = node.outputs[0]
@@ -489,6 +492,7 @@ def _finish(
     result = node.outputs[0]
     total = terms[0] if len(terms) == 1 else emit("Add", terms, like=result)
     stored = sum(plane.bits for plane in planes)
-    if stored != blocks.bits:
-        emit.nodes[0].metadata_props[STORED_KEY] = f"{blocks.bits}-bit codes in {stored} bits"
+    if stored != blocks.bits or blocks.source:
+        kind = blocks.source or f"{blocks.bits}-bit"
+        emit.nodes[0].metadata_props[STORED_KEY] = f"{kind} codes in {stored} bits"
     ir.convenience.replace_nodes_and_values(graph, node, [node], emit.nodes, [result], [total])

@@ -13,6 +13,7 @@ from hal.ir.evaluate import evaluate
 from hal.passes.base import Pipeline
 from hal.passes.quantize import Quantize, parse_recipe
 from hal.targets.onnxruntime.legalize import legalize
+from hal.targets.onnxruntime.quantized import notes
 from tests.passes.quantize.toy import language_model
 from tests.passes.toys import Toy
 from tests.targets.onnxruntime.support import executable, parse
@@ -23,6 +24,7 @@ RECIPES = [
     "w8a8-channel", "w4a16-channel,head=w4a16,embedding=w3a16", "w4a16-asym-g16", "w4a8-g64",
     "w3a16,head=w2a16-asym", "w3a16-asym-g64", "w3a8", "w2a16,embedding=w2a16", "w2a16-asym",
     "w2a8-asym", "w2a8-g16", "ternary-g64", "ternarya8",
+    "mxfp4,head=mxfp4,embedding=mxfp4", "mxfp4a8",
 ]  # fmt: skip
 
 
@@ -47,6 +49,27 @@ def test_products_and_look_ups_read_the_codes(tmp_path: Path, recipe: str) -> No
     assert error(graph, tmp_path, IDS, "logits") < (0.02 if "a8" in recipe else 1e-5)
 
 
+@pytest.mark.parametrize("recipe", ["fp8", "fp8-channel", "fp8-g64,embedding=w8a16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_floats_of_eight_bits_are_widened_for_products_and_looked_up_packed(
+    tmp_path: Path, recipe: str, tied: bool
+) -> None:
+    graph = quantized(language_model(tied=tied), recipe)
+    legal = legalize(graph)
+    counts = Counter(node.op_type for node in legal.graph)
+    assert counts["DequantizeLinear"] == 0
+    assert counts["Transpose"] == 0
+    floats = [v for v in legal.graph.initializers.values() if (v.name or "").endswith("/floats")]
+    assert not floats
+    assert any("8-bit float codes as floats" in text for text in notes(legal.model))
+    assert error(graph, tmp_path, IDS, "logits") < 1e-5
+
+
+def test_floats_of_four_bits_say_what_they_are_stored_in() -> None:
+    (text,) = notes(legalize(quantized(language_model(), "mxfp4a8,head=float")).model)
+    assert "4-bit float codes in 8 bits" in text
+
+
 def test_a_shorter_last_block_is_filled_with_zeros(tmp_path: Path) -> None:
     toy = Toy(x=["n", 72])
     toy.output(toy("MatMul", toy.x, toy.weight(72, 96)), "y")
@@ -58,7 +81,7 @@ def test_a_shorter_last_block_is_filled_with_zeros(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "native"),
-    [("w4a16", True), ("w3a16", True), ("w2a16-g64", True), ("w8a16", True), ("ternary", True),
+    [("w4a16", True), ("fp8", False), ("mxfp4", False), ("w3a16", True), ("w2a16-g64", True), ("w8a16", True), ("ternary", True),
      ("w4a16-channel", True), ("w4a16,experts=w8a16-g32", False)],
 )  # fmt: skip
 def test_experts_stay_packed_where_the_kernel_keeps_the_activations(
