@@ -115,7 +115,7 @@ def _options(layer: Layer, judge: Judge, recipe: Recipe, ladder: Sequence[Format
         error = float(np.square(weight - rounded).sum(dtype=np.float64))
         if damage is None:
             base = error
-            stored = rounded.T if layer.across else rounded.reshape(layer.shape)
+            stored = layer.stored(rounded)
             changed = {layer.weight.name or "": np.ascontiguousarray(stored)}
             damage = max(_damage(judge.weights(changed, probe=True)), 0.0)
         found.append(Choice(setting, codes.nbytes, damage * error / base if base else 0.0))
@@ -233,7 +233,7 @@ class _Trial:
             setting = chosen[layer.name].setting
             if setting is not None:
                 rounded = quantize_matrix(matrix(layer), setting).dequantized()
-                stored = rounded.T if layer.across else rounded.reshape(layer.shape)
+                stored = layer.stored(rounded)
                 changed[layer.weight.name or ""] = np.ascontiguousarray(stored)
         figures = self.judge.weights(changed)
         settings = {name: self._real(choice.setting) for name, choice in chosen.items()}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import numpy as np
 import onnx_ir as ir
 
 from hal.errors import did_you_mean
 from hal.ir import HAL_DOMAIN, Graph
 from hal.passes._edit import SCOPE_KEY, is_constant, is_op
+
+CONVOLUTIONS = ("Conv", "ConvTranspose")
 
 SMALLEST = 4096
 """Matrices with fewer elements are left alone: there is nothing to gain."""
@@ -19,20 +22,25 @@ _ELEMENTWISE = (
     "Sigmoid", "Softmax", "Softplus", "Squeeze", "Sub", "Tanh", "Unsqueeze",
 )  # fmt: skip
 _CHOOSERS = ("TopK", "ArgMax", "ArgMin")
+_ALONE = {"in, out", "conv", "transposed conv"}
+"""Ways to read a weight that go with no other way."""
+
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One weight that a product, a look-up or a mixture of experts reads.
+    """One weight that a product, a look-up, a convolution or a mixture of experts reads.
 
     Attributes:
         name: the module of the source that the weight belongs to; unique in the graph.
-        kind: ``linear``, ``head`` (its result is the model's), ``embedding`` or ``experts``; a
-            weight that is embedding and head at once is a ``head``.
+        kind: ``linear``, ``head`` (its result is the model's), ``embedding``, ``conv`` or
+            ``experts``; a weight that is embedding and head at once is a ``head``.
         weight: the initializer.
-        across: True where it is stored ``[in, out]``; False for ``[.., out, in]``.
-        uses: nodes that read it: ``MatMul``, ``Gather``, ``MixtureOfExperts`` or ``Transpose``.
+        across: True where it is stored ``[in, out]``; False for ``[.., out, in]``. A convolution's
+            is stored ``[out, in, *kernel]``, a transposed one's ``[in, out, *kernel]`` (across).
+        uses: nodes that read it: ``MatMul``, ``Gather``, ``MixtureOfExperts``, ``Transpose`` or a
+            convolution.
         routes: its result decides which of several things is computed.
     """
 
@@ -45,16 +53,32 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The weight's extents as ``[.., out, in]``."""
+        """The weight's extents as ``[.., out, in]``; a convolution's as they are stored."""
         assert self.weight.const_value is not None
         extents = tuple(int(d) for d in self.weight.const_value.shape.numpy())
-        return extents[::-1] if self.across else extents
+        return extents[::-1] if self.across and self.kind != "conv" else extents
 
     @property
     def size(self) -> int:
         """Number of weights."""
         assert self.weight.const_value is not None
         return int(self.weight.const_value.size)
+
+    def matrix(self, array: np.ndarray) -> np.ndarray:
+        """The weight's array, as it is stored, as a matrix ``[rows, in]``: one row an output."""
+        if self.kind == "conv":
+            rows = np.moveaxis(array, 1, 0) if self.across else array
+            return rows.reshape(len(rows), -1)
+        return array.T if self.across else array.reshape(-1, array.shape[-1])
+
+    def stored(self, matrix: np.ndarray) -> np.ndarray:
+        """The inverse of :meth:`matrix`, contiguous."""
+        if not self.across:
+            return np.ascontiguousarray(matrix).reshape(self.shape)
+        if self.kind == "conv":
+            first, rows, *kernel = self.shape
+            return np.ascontiguousarray(np.moveaxis(matrix.reshape(rows, first, *kernel), 0, 1))
+        return np.ascontiguousarray(matrix.T)
 
     @property
     def products(self) -> tuple[ir.Node, ...]:
@@ -71,7 +95,7 @@ def find_layers(graph: Graph) -> list[Layer]:
     found = []
     for value in graph.graph.initializers.values():
         layer = _layer(value)
-        if layer is not None and layer.size >= SMALLEST:
+        if layer is not None and (layer.size >= SMALLEST or layer.kind == "conv"):
             found.append(layer)
     found.sort(key=lambda layer: min(order[n] for n in layer.products or layer.uses))
     names: dict[str, int] = {}
@@ -97,12 +121,14 @@ def _layer(value: ir.Value) -> Layer | None:
         return None
     uses = tuple(dict.fromkeys(use.node for use in value.uses()))
     roles = {_role(node, value) for node in uses}
-    if None in roles or ("in, out" in roles and len(roles) > 1):
+    if None in roles or (roles & _ALONE and len(roles) > 1):
         return None
     products = [n for node in uses for n in _products(node)]
     heads = [n for n in products if _reaches_output(n.outputs[0])]
     if "experts" in roles:
         kind = "experts"
+    elif roles & {"conv", "transposed conv"}:
+        kind = "conv"
     elif heads:
         kind = "head"
     else:
@@ -111,7 +137,7 @@ def _layer(value: ir.Value) -> Layer | None:
         _name(value, heads or products or list(uses), kind),
         kind,
         value,
-        "in, out" in roles,
+        bool(roles & {"in, out", "transposed conv"}),
         uses,
         any(_reaches_choice(n.outputs[0]) for n in products),
     )
@@ -121,6 +147,12 @@ def _role(node: ir.Node, value: ir.Value) -> str | None:
     """How a node reads a weight; None for a use that does not allow for quantization."""
     if node.domain == HAL_DOMAIN and node.op_type == "MixtureOfExperts":
         return "experts" if value in node.inputs[3:5] else None
+    if is_op(node, *CONVOLUTIONS):
+        inputs = [i for i, v in enumerate(node.inputs) if v is value]
+        alone = inputs == [1] and not is_constant(node.inputs[0])
+        if not alone:
+            return None
+        return "conv" if node.op_type == "Conv" else "transposed conv"
     rank = len(value.shape) if value.shape is not None else 0
     if rank != 2:
         return None
@@ -182,4 +214,4 @@ def _reaches_choice(value: ir.Value) -> bool:
     return any(is_op(node, *_CHOOSERS) for v in _downstream(value) for node in _readers(v))
 
 
-__all__ = ["SMALLEST", "Layer", "find_layers", "unknown_layer"]
+__all__ = ["CONVOLUTIONS", "SMALLEST", "Layer", "find_layers", "unknown_layer"]

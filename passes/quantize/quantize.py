@@ -17,15 +17,18 @@ from hal.passes.base import Outcome, Pass
 from hal.passes.quantize.awq import fold, foldable, search_scales, weighted_rounding
 from hal.passes.quantize.calibration import Calibration, Statistics
 from hal.passes.quantize.codes import Codes, joined
+from hal.passes.quantize.convolutions import put_convolution
 from hal.passes.quantize.experts import down_statistics, gate_up_statistics, is_down
 from hal.passes.quantize.finished import Finished
 from hal.passes.quantize.formats import DATA_FREE, Recipe, Setting
 from hal.passes.quantize.gptq import gptq
 from hal.passes.quantize.hqq import half_quadratic
 from hal.passes.quantize.layers import Layer, find_layers, unknown_layer
-from hal.passes.quantize.rewrite import exchange, put, rounds_activations
+from hal.passes.quantize.rewrite import exchange, put
 from hal.passes.quantize.rtn import round_to_nearest
+from hal.passes.quantize.static import Kernels, Measured, apply, measure, pools_of_means
 from hal.passes.quantize.streaming import Seen, Streaming, find_stages, inputs_of, looked_up
+from hal.passes.quantize.suited import suited
 
 METADATA_KEY = "quantization"
 """Where the graph's metadata says what was done: see :class:`LayerReport`."""
@@ -68,7 +71,8 @@ class Quantize(Pass):
 
     Changes results by the rounding of the weights, and of the activations where the format says so;
     everything else is preserved. ``settings`` says it for single layers by name and goes before
-    ``recipe``. Weights are taken one at a time.
+    ``recipe``. Weights are taken one at a time. Static activations are coded as ``kernels`` read
+    them, by what was ``measured`` on the graph before, or is now.
     """
 
     name: ClassVar[str] = "quantize"
@@ -76,6 +80,8 @@ class Quantize(Pass):
     settings: Mapping[str, Setting | None] = dataclasses.field(default_factory=dict)
     progress: Progress | None = None
     calibration: Calibration | None = None
+    kernels: Kernels = Kernels()
+    measured: Measured | None = None
 
     def __str__(self) -> str:
         """The pass with its recipe."""
@@ -95,9 +101,12 @@ class Quantize(Pass):
         before = graph.weight_bytes()
         work = _Work(graph, self, len(chosen))
         looking: dict[str, tuple[Layer, Setting, str]] = {}
+        static: list[tuple[Layer, Setting]] = []
         for layer, setting, reason in chosen:
             if setting is None:
                 work.keep(layer, reason)
+            elif setting.format.static:
+                static.append((layer, setting))
             elif setting.method in DATA_FREE or not inputs_of(layer):
                 work.quantize(layer, _data_free(setting, self.calibration), reason)
             else:
@@ -106,10 +115,11 @@ class Quantize(Pass):
                     raise _needs_data(setting)
         if looking:
             self._calibrated(work, looking)
+        facts = self._static(work, static) if static else {}
         reports = [work.reports[layer.name] for layer in layers]
         remove_unused(graph)
         ensure_functions(graph.model)
-        graph.metadata[METADATA_KEY] = _summary(self.recipe, reports)
+        graph.metadata[METADATA_KEY] = _summary(self.recipe, reports) | facts
         count = sum(r.format != "float" for r in reports)
         return Outcome(
             count,
@@ -139,6 +149,21 @@ class Quantize(Pass):
         correct = any(setting.method == "gptq" for _, setting, _ in looking.values())
         Streaming(work.graph, self.calibration, stages, correct, work.original).run(visit)
 
+    def _static(self, work: _Work, chosen: list[tuple[Layer, Setting]]) -> dict[str, Any]:
+        """Give layers and what lies between them static codes; facts about them."""
+        assert self.calibration is not None
+        layers = [layer for layer, _ in chosen]
+        weights = {layer.name: matrix(layer) for layer in layers}
+        pools_of_means(work.graph)
+        measured = self.measured
+        if measured is None:
+            work.tell("static activations")
+            measured = measure(work.graph, layers, self.calibration, self.kernels)
+        applied = apply(work.graph, layers, measured, self.kernels)
+        for layer, setting in chosen:
+            work.take(layer, setting, weights[layer.name], applied.codes[layer.name])
+        return {"static": applied.facts}
+
     def _choose(self, layers: list[Layer]) -> list[tuple[Layer, Setting | None, str]]:
         names = {layer.name for layer in layers}
         for name in self.settings:
@@ -148,29 +173,31 @@ class Quantize(Pass):
         if not any(setting is not None for _, setting, _ in chosen):
             raise InputError(
                 f"quantize={str(self.recipe)!r}: the model has no weights for it",
-                "weights are matrices of products, embeddings and experts with at least 4,096"
-                " elements",
+                "weights are matrices of products, embeddings, experts and convolutions with at"
+                " least 4,096 elements",
+            )
+        static = sum(setting is not None and setting.format.static for _, setting, _ in chosen)
+        if static and self.calibration is None:
+            raise InputError(
+                f"{static} layers get static activations, whose ranges are found on data, and none"
+                " is given",
+                "add calibration (--calibration): images or an .npz; or quantize only the weights"
+                " of convolutions: w8a8,conv=w8a16",
             )
         return chosen
 
     def _setting(self, layer: Layer) -> tuple[Setting | None, str]:
         if layer.name in self.settings:
-            return self.settings[layer.name], ""
+            named = self.settings[layer.name]
+            if named is None or not (layer.kind == "conv" or named.format.static):
+                return named, ""
+            return suited(layer, named)
         if layer.routes:
             return None, "its result chooses what is computed"
         setting = self.recipe.setting(layer.kind)
         if setting is None:
             return None, "the recipe keeps it"
-        form = setting.format
-        if form.activations == 8 and not rounds_activations(layer, form.group):
-            why = (
-                f"inputs of {layer.shape[-1]} are no whole blocks of {form.group}"
-                if layer.products
-                else ""
-            )
-            form = dataclasses.replace(form, activations=16)
-            return dataclasses.replace(setting, format=form), why
-        return setting, ""
+        return suited(layer, setting)
 
 
 def matrix(layer: Layer) -> np.ndarray:
@@ -181,8 +208,7 @@ def matrix(layer: Layer) -> np.ndarray:
     """
     assert layer.weight.const_value is not None
     array = np.asarray(layer.weight.const_value.numpy(), np.float32)
-    array = array.T if layer.across else array.reshape(-1, array.shape[-1])
-    array = np.ascontiguousarray(array)
+    array = np.ascontiguousarray(layer.matrix(array))
     if not np.isfinite(array).all():
         raise ModelError(
             f"weight {layer.weight.name!r} of {layer.name!r} holds infinities or NaN",
@@ -251,8 +277,14 @@ class _Work:
             self._gate_up[layer.uses[0]] = layer, codes
         if seen is not None and looked_up(layer):
             exchange(layer, codes)
+        elif layer.kind == "conv":
+            put_convolution(self.graph, layer, codes)
         else:
             put(self.graph, layer, codes)
+
+    def take(self, layer: Layer, setting: Setting, weight: np.ndarray, codes: Codes) -> None:
+        """Note a layer that was quantized together with others."""
+        self.reports[layer.name] = _report(layer, setting, weight, codes, "")
 
     def scale(self, stage: Sequence[tuple[Layer, Setting]], seen: Seen) -> None:
         """Make channels of the layers' weights larger and of their common input smaller."""
@@ -321,8 +353,12 @@ class _Work:
         put(self.graph, layer, round_to_nearest(matrix(layer), setting.format))
 
     def _begin(self, layer: Layer) -> None:
+        self.tell(layer.name)
+
+    def tell(self, what: str) -> None:
+        """Say what is being worked on."""
         if self._progress is not None:
-            self._progress(len(self.reports), self._count, layer.name)
+            self._progress(len(self.reports), self._count, what)
 
 
 def _data_free(setting: Setting, calibration: Calibration | None) -> Setting:

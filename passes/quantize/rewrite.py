@@ -25,7 +25,7 @@ def put(graph: Graph, layer: Layer, codes: Codes) -> None:
         for index, value in enumerate(list(node.inputs)):
             if value is layer.weight:
                 node.replace_input_with(index, _across(edit, weight) if layer.across else weight)
-    if codes.format.activations == 8:
+    if codes.format.activations == 8 and not codes.format.static:
         for product in layer.products:
             _round_input(edit, product, codes.format.group)
 
