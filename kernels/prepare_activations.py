@@ -161,9 +161,11 @@ class _Row:
                 value = value * factors
             T.buffer_store(target, value, [row, span(place + i * i64(lanes), lanes)])
 
-        if layout.integer or not any(power(layout, p) for p in range(layout.step)):
+        powers = {power(layout, p) for p in range(layout.step)}
+        if len(powers) == 1:
+            factors = None if powers == {0} else self._powers(0, lanes)
             with T.serial(i64(0), i64(size // lanes)) as i:
-                part(i, None)
+                part(i, factors)
         else:
             for j in range(size // lanes):
                 part(i64(j), self._powers(j * lanes, lanes))

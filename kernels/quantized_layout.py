@@ -11,6 +11,10 @@ apart along K. So masking and shifting words gives the operands of a 4-way dot p
 codes for float activations are ``[step][4][tile][lane]`` bytes instead, which widen in one step.
 Three bits are planes: two words of the low two bits, one of the high bit. Scales are float16,
 zero points one byte each.
+
+Codes may be small floats. Those of 4 bits (E2M1), doubled, are integers from -12 to 12; there are
+15 of them, and their number in that order, from -7 to 7, is stored like a 4-bit integer. Those of
+8 bits (E4M3) are stored as they are.
 """
 
 from __future__ import annotations
@@ -59,6 +63,8 @@ class Layout:
 
     ``group`` is at most ``k``, and need not divide it. ``zeros``: there is a zero point beside each
     scale. ``integer``: for int8 activations; ``signed``: the dot product takes signed weights.
+    ``floats``: codes are floats, of 4 bits (then scales belong to the doubled ones) or of 8 (not
+    for int8 activations).
     """
 
     n: int
@@ -70,6 +76,7 @@ class Layout:
     integer: bool = False
     signed: bool = False
     tiles: int = 2
+    floats: bool = False
 
     @property
     def step(self) -> int:
@@ -147,6 +154,8 @@ class Layout:
 
         Codes below 8 bits are stored unsigned, since both kinds of dot product take them so.
         """
+        if self.floats:
+            return 12 if self.bits == 4 else 0
         return 0 if self.signed_bytes else 1 << (self.bits - 1)
 
 
@@ -157,7 +166,8 @@ def pack(
 
     Args:
         layout: where everything goes.
-        codes: ``[n, k]``, signed without ``zeros`` and unsigned with them.
+        codes: ``[n, k]``, signed without ``zeros`` and unsigned with them; for floats the numbers
+            of :func:`float_numbers` (4 bits), or their bits (8 bits), as int8.
         scales: ``[n, groups]``, stored as float16.
         zeros: zero points ``[n, groups]``, where the layout has them.
     """
@@ -179,8 +189,18 @@ def pack(
 
 def _stored(layout: Layout, codes: np.ndarray, *, unsigned: bool) -> np.ndarray:
     """Codes (or zero points) as the bytes that are stored."""
-    shift = layout.offset - (1 << (layout.bits - 1) if unsigned else 0)
+    offset = (8 if layout.bits == 4 else 0) if layout.floats else layout.offset
+    shift = offset - (1 << (layout.bits - 1) if unsigned else 0)
     return (codes.astype(np.int16) + shift).astype(np.uint8)
+
+
+def float_numbers(values: np.ndarray) -> np.ndarray:
+    """Where numbers that E2M1 has are among them: int8, from -7 for -6 to 7 for 6."""
+    magnitude = np.searchsorted(_E2M1, np.abs(values))
+    return np.where(values < 0, -magnitude, magnitude).astype(np.int8)
+
+
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
 def _beside(layout: Layout, values: np.ndarray, blocks: int) -> np.ndarray:

@@ -32,6 +32,9 @@ UNROLLED_STEPS = 8
 ROWS_PER_TASK = 64
 """Rows that one task of a thread takes; a multiple of every block of rows."""
 
+_HALFWAY = 60
+"""Half of what exponents of E4M3 and float32 differ by."""
+
 CHAINS = 4
 """Chains of products that advance side by side at least: the latency of one over its rate."""
 
@@ -276,8 +279,29 @@ class _Product:
             else:
                 mask = ((1 << layout.bits) - 1) * 0x01010101
                 value = self._field(words[0], layout.bits * j, mask)
+                if layout.floats:
+                    value = self._doubled(value)
             result.append(tirx.reinterpret(vector("int8", 4 * self.lanes), value))
         return result
+
+    def _doubled(self, numbers: Any) -> Any:
+        """Twice the floats of 4 bits with these numbers plus 8 (bytes of words), plus 12.
+
+        With t from 1 to 15 that is ``4 t - clip(t, 4, 12) - 2 clip(t, 2, 14) + 4``.
+        """
+        kind = vector("int8", 4 * self.lanes)
+        t = T.Bind(tirx.reinterpret(kind, numbers))
+
+        def clipped(low: int, high: int) -> Any:
+            ends = (spread(tirx.const(v, "int8"), 4 * self.lanes) for v in (low, high))
+            bottom, top = ends
+            return tirx.max(tirx.min(t, top), bottom)
+
+        wide = T.Bind(clipped(2, 14))
+        four = tirx.reinterpret(kind, tirx.shift_left(numbers, self._constant(2)))
+        four = four + spread(tirx.const(4, "int8"), 4 * self.lanes)
+        total = T.Bind(four - clipped(4, 12) - (wide + wide))
+        return tirx.reinterpret(vector("uint32", self.lanes), total)
 
     def _floats(self, base: Any, step: Any, tile: Any) -> list[Any]:
         """Codes of a step as float vectors in the order of K, times powers of two."""
@@ -290,8 +314,18 @@ class _Product:
                 codes = tirx.reinterpret(
                     vector("int8", lanes), _load(self.buffers["w"], span(base + index, lanes))
                 )
-                result.append(tirx.Cast(floats, tirx.Cast(vector("int32", lanes), codes)))
+                wide = tirx.Cast(vector("int32", lanes), codes)
+                if layout.floats:
+                    # Sign and exponent where float32 has them; exponents differ by 120.
+                    bits = tirx.shift_left(wide, spread(tirx.const(20, "int32"), lanes))
+                    bits = tirx.reinterpret(vector("uint32", lanes), bits)
+                    bits = tirx.bitwise_and(bits, self._constant(0x87F00000))
+                    result.append(tirx.reinterpret(floats, bits))
+                else:
+                    result.append(tirx.Cast(floats, wide))
             return result
+        if layout.floats:
+            return self._float_codes(base, step, tile)
         words = [T.Bind(self._word(base, step, w, tile)) for w in range(layout.words)]
         for p in range(layout.step):
             j, byte = divmod(p, 4)
@@ -308,6 +342,18 @@ class _Product:
             result.append(tirx.Cast(floats, signed))
         return result
 
+    def _float_codes(self, base: Any, step: Any, tile: Any) -> list[Any]:
+        """Floats of 4 bits of a step, doubled and plus 12, times powers of two."""
+        lanes = self.lanes
+        result = []
+        for four in self._bytes(base, step, tile):
+            word = T.Bind(tirx.reinterpret(vector("uint32", lanes), four))
+            for byte in range(4):
+                code = tirx.bitwise_and(word, self._constant(0xFF << (8 * byte)))
+                code = tirx.reinterpret(vector("int32", lanes), code)
+                result.append(tirx.Cast(vector("float32", lanes), code))
+        return result
+
     # -- scales -------------------------------------------------------------------------------
 
     def _scale(self, first: Any, group: Any, base: Any, t: int) -> None:
@@ -316,6 +362,8 @@ class _Product:
         at = base + i64(layout.code_bytes)
         w = self.buffers["w"]
         scale = T.Bind(half_to_float(_load(w, span(at + tile * i64(2 * lanes), 2 * lanes)), lanes))
+        if layout.floats and layout.bits == 8:
+            scale = T.Bind(scale * spread(tirx.const(2.0**_HALFWAY, "float32"), lanes))
         zero = None
         if layout.zeros:
             points = _load(w, span(at + i64(2 * layout.columns) + tile * i64(lanes), lanes))
@@ -341,7 +389,12 @@ class _Product:
 
 
 def power(layout: Layout, place: int) -> int:
-    """Bits by which the code at ``place`` of a step is too high, taken off the activation."""
+    """Bits by which the code at ``place`` of a step is too high, taken off the activation.
+
+    Codes that are floats of 8 bits are too low, by twice as much as activations can make up for.
+    """
+    if layout.floats and not layout.integer:
+        return 8 * (place % 4) if layout.bits == 4 else -_HALFWAY
     if layout.wide_bytes or layout.integer or layout.bits == 3:
         return 0
     j, byte = divmod(place % layout.step, 4)

@@ -9,16 +9,16 @@ stays as it is. The packed bytes are made when the build writes its weights, one
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Hashable, Iterator, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator
 
 import numpy as np
 import onnx_ir as ir
 
 from hal.ir import HAL_DOMAIN, Graph
+from hal.ir.small_floats import restate_small_floats
 from hal.kernels.quantized_layout import Layout, pack
 from hal.targets.tvm.lowering import Shaping
+from hal.targets.tvm.quantized_codes import Codes, attribute, dequantized, tensor_of, weights_of
 
 DOMAIN = "hal.tvm"
 """Domain of the ops that exist between this backend's own steps only."""
@@ -27,89 +27,7 @@ MATMUL = "QuantizedMatMul"
 GATHER = "QuantizedGather"
 
 _D = ir.DataType
-_BITS = {_D.INT8: 8, _D.UINT8: 8, _D.INT4: 4, _D.UINT4: 4, _D.INT2: 2, _D.UINT2: 2}
-_SIGNED = frozenset({_D.INT8, _D.INT4, _D.INT2})
 _LARGEST_SUM = 1 << 31
-
-
-@dataclasses.dataclass(frozen=True)
-class Codes:
-    """A constant ``DequantizeLinear`` of a matrix, seen as rows ``[n, k]``.
-
-    ``flipped``: the tensors are stored ``[k, n]``. ``group``: weights along ``k`` for each scale.
-    ``planes``: the codes are three bits each, stored as ``hal::UnpackBits`` takes them; ``signed``:
-    it takes 4 from each.
-    """
-
-    codes: ir.Value
-    scale: ir.Value
-    zero: ir.Value | None
-    n: int
-    k: int
-    bits: int
-    group: int
-    flipped: bool = False
-    planes: bool = False
-    signed: bool = False
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether zero is the middle of the range: signed codes, or unsigned ones around it."""
-        if self.signed or self.codes_dtype in _SIGNED:
-            return self.zero is None or not _array(self.zero).astype(np.int32).any()
-        middle = 1 << (self.bits - 1)
-        return self.zero is not None and bool((_array(self.zero).astype(np.int32) == middle).all())
-
-    @property
-    def codes_dtype(self) -> ir.DataType:
-        """Dtype of the codes as stored."""
-        return _tensor(self.codes).dtype
-
-    def matrix(self) -> np.ndarray:
-        """Codes ``[n, k]``: signed around zero if symmetric, unsigned otherwise."""
-        stored = _array(self.codes)
-        values = unpacked_planes(stored) if self.planes else stored
-        return self._oriented(self._shifted(values))
-
-    def scales(self, group: int) -> np.ndarray:
-        """Scales ``[n, groups]`` for a group that divides this one."""
-        return self._repeated(_array(self.scale), group)
-
-    def zeros(self, group: int) -> np.ndarray | None:
-        """Unsigned zero points ``[n, groups]``, or None if symmetric."""
-        if self.symmetric:
-            return None
-        if self.zero is None:  # unsigned codes from zero up
-            return np.zeros((self.n, -(-self.k // group)), np.uint8)
-        return self._repeated(self._shifted(_array(self.zero)), group)
-
-    def _shifted(self, values: np.ndarray) -> np.ndarray:
-        middle = 1 << (self.bits - 1)
-        if self.symmetric == (self.codes_dtype in _SIGNED):
-            return values.astype(np.int8 if self.symmetric else np.uint8)
-        wide = values.astype(np.int16)
-        return (
-            (wide - middle).astype(np.int8) if self.symmetric else (wide + middle).astype(np.uint8)
-        )
-
-    def _oriented(self, values: np.ndarray) -> np.ndarray:
-        return values.T if self.flipped else values
-
-    def _repeated(self, values: np.ndarray, group: int) -> np.ndarray:
-        if values.ndim < 2:
-            rows = np.broadcast_to(values.reshape(-1, 1), (self.n, 1))
-        else:
-            rows = self._oriented(values)
-        return rows[:, np.arange(-(-self.k // group)) * group // self.group]
-
-
-def unpacked_planes(packed: np.ndarray) -> np.ndarray:
-    """Codes ``uint8 [n, k]`` of ``hal::UnpackBits`` input ``uint8 [n, k * 3 / 8]``."""
-    middle = packed.shape[-1] // 3 * 2
-    low = (packed[..., :middle, None] >> np.arange(0, 8, 2, dtype=np.uint8)) & 3
-    high = (packed[..., middle:, None] >> np.arange(8, dtype=np.uint8)) & 1
-    rows = packed.shape[:-1]
-    return np.asarray(low.reshape(*rows, -1) | (high.reshape(*rows, -1) << 2), np.uint8)
 
 
 def fuse_quantized(graph: Graph, shaping: Shaping) -> None:
@@ -119,6 +37,7 @@ def fuse_quantized(graph: Graph, shaping: Shaping) -> None:
         if node.op_type in ("MatMul", "Gemm", "Gather") and node.domain in ("", "ai.onnx"):
             rewrite.visit(node)
     rewrite.finish()
+    restate_small_floats(graph.graph)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,8 +97,8 @@ class _Rewrite:
         x = self._picked_first(x) if x is not None else None
         if x is None or w is None or x.shape is None or x.dtype is not _D.FLOAT or not len(x.shape):
             return
-        turned = node.op_type == "Gemm" and _attribute(node, "transB", 0) == 1
-        weights = _weights(w, turned)
+        turned = node.op_type == "Gemm" and attribute(node, "transB", 0) == 1
+        weights = weights_of(w, turned)
         if weights is None or not _plain_gemm(node):
             return
         block, bits = _rounding(x)
@@ -200,7 +119,7 @@ class _Rewrite:
             return x
         depth = places.shape[-1] if places.shape is not None else None
         rank = len(data.shape) if data.shape is not None else 0
-        if not isinstance(depth, int) or _attribute(pick, "batch_dims", 0) + depth >= rank:
+        if not isinstance(depth, int) or attribute(pick, "batch_dims", 0) + depth >= rank:
             return x
         pick.replace_input_with(0, rounding.inputs[0])
         again = ir.Node(HAL_DOMAIN, "RoundActivations", [x], list(rounding.attributes.values()))
@@ -221,6 +140,7 @@ class _Rewrite:
             group = block
         dot = self._shaping.dot if block else None
         integer = dot is not None and group * 127 * 255 < _LARGEST_SUM
+        integer = integer and not (weights.floats and weights.bits == 8)
         return Layout(
             weights.n,
             weights.k,
@@ -230,6 +150,7 @@ class _Rewrite:
             zeros=not weights.symmetric,
             integer=integer,
             signed=dot is not None and integer and dot.signed,
+            floats=weights.floats,
         )
 
     def _emit(self, products: list[_Product]) -> None:
@@ -290,29 +211,40 @@ class _Rewrite:
 
     def _gather(self, node: ir.Node) -> None:
         table, ids = node.inputs[0], node.inputs[1]
-        if table is None or ids is None or ids.shape is None or _attribute(node, "axis", 0) != 0:
+        if table is None or ids is None or ids.shape is None or attribute(node, "axis", 0) != 0:
             return
-        codes = _dequantized(table)
+        codes = dequantized(table)
         if codes is None or codes.flipped or codes.k * codes.bits % 8:
             return
         fused = ir.Node(
             DOMAIN,
             GATHER,
-            [ids, self._bytes(codes), codes.scale, *([codes.zero] if codes.zero else [])],
+            [ids, self._bytes(codes), self._scale(codes), *([codes.zero] if codes.zero else [])],
             [
                 ir.AttrInt64("k", codes.k),
                 ir.AttrInt64("bits", codes.bits),
                 ir.AttrInt64("group", codes.group),
-                ir.AttrInt64("signed", int(codes.signed or codes.codes_dtype in _SIGNED)),
+                ir.AttrInt64("signed", int(codes.stored_signed)),
+                ir.AttrInt64("floats", int(codes.floats)),
             ],
             name=node.name,
         )
         self._replace(node, fused, [table])
 
+    def _scale(self, codes: Codes) -> ir.Value:
+        """The scales, as numbers where they are stored as something else."""
+        if not codes.floats or codes.bits == 8:
+            return codes.scale
+        if codes.scale not in self._raw:
+            name = f"{codes.scale.name}.numbers"
+            numbers = ir.Tensor(codes.scale_numbers, name=name)
+            self._raw[codes.scale] = self._initializer(numbers, name)
+        return self._raw[codes.scale]
+
     def _bytes(self, codes: Codes) -> ir.Value:
         """The codes as the bytes that hold them, ``uint8 [n, bytes of a row]``."""
         if codes.codes not in self._raw:
-            tensor = _tensor(codes.codes)
+            tensor = tensor_of(codes.codes)
             shape = ir.Shape([codes.n, codes.k * codes.bits // 8])
             name = f"{codes.codes.name}.bytes"
             raw: ir.TensorProtocol
@@ -372,71 +304,13 @@ def _packed(weights: Codes, layout: Layout) -> np.ndarray:
     return pack(layout, weights.matrix(), scales, zeros)
 
 
-# -- recognising ----------------------------------------------------------------------------------
-
-
-def _weights(value: ir.Value, turned: bool) -> Codes | None:
-    """Quantized weights of a product: ``[k, n]``, or ``[n, k]`` if ``turned``."""
-    node = value.producer()
-    if node is not None and node.op_type == "Transpose" and not turned:
-        order = node.attributes["perm"].as_ints() if "perm" in node.attributes else (1, 0)
-        source = node.inputs[0]
-        return _dequantized(source) if source is not None and tuple(order) == (1, 0) else None
-    return _dequantized(value, flipped=not turned)
-
-
-def _dequantized(value: ir.Value, flipped: bool = False) -> Codes | None:
-    """The constant that ``value`` dequantizes, as rows ``[n, k]``; columns if ``flipped``."""
-    node = value.producer()
-    if node is None or node.op_type != "DequantizeLinear" or node.domain not in ("", "ai.onnx"):
-        return None
-    codes, scale, zero, *_ = (*node.inputs, None)
-    planes = signed = False
-    unpack = codes.producer() if codes is not None else None
-    if unpack is not None and (unpack.domain, unpack.op_type) == (HAL_DOMAIN, "UnpackBits"):
-        codes, planes = unpack.inputs[0], _attribute(unpack, "bits", 3) == 3
-        signed = bool(_attribute(unpack, "signed", 0))
-        if signed and zero is not None:
-            return None
-    if codes is None or scale is None or not all(_constant(v) for v in (codes, scale, zero) if v):
-        return None
-    if value.dtype is not _D.FLOAT or _tensor(codes).dtype not in _BITS:
-        return None
-    shape = [int(d) for d in _tensor(codes).shape.numpy()]
-    if len(shape) != 2 or min(shape) == 0 or not _half(scale):
-        return None
-    if planes:
-        shape[1] = shape[1] // 3 * 8
-    n, k = reversed(shape) if flipped else shape
-    group = _group(node, _tensor(scale).shape.numpy(), (n, k), flipped)
-    if group is None:
-        return None
-    bits = 3 if planes else _BITS[_tensor(codes).dtype]
-    return Codes(codes, scale, zero, n, k, bits, group, flipped, planes, signed)
-
-
-def _group(node: ir.Node, scale: Sequence[int], size: tuple[int, int], flipped: bool) -> int | None:
-    """How many weights along K share a scale, or None for scales that go another way."""
-    n, k = size
-    block: int = _attribute(node, "block_size", 0)
-    axis = _attribute(node, "axis", 1) % 2
-    along = 0 if flipped else 1
-    if block:
-        groups = -(-k // block)
-        wanted = (groups, n) if flipped else (n, groups)
-        return min(block, k) if axis == along and tuple(scale) == wanted else None
-    if math.prod(scale) == 1:
-        return k
-    return k if axis != along and tuple(scale) == (n,) else None
-
-
 def _rounding(x: ir.Value) -> tuple[int, int]:
     """Block and bits of the ``RoundActivations`` that makes ``x``; a block of 0 for none."""
     node = x.producer()
     if node is None or (node.domain, node.op_type) != (HAL_DOMAIN, "RoundActivations"):
         return 0, 8
     source, last = node.inputs[0], x.shape[-1] if x.shape is not None else None
-    bits, block = _attribute(node, "bits", 8), _attribute(node, "block_size", 0)
+    bits, block = attribute(node, "bits", 8), attribute(node, "block_size", 0)
     if source is None or source.dtype is not _D.FLOAT or not isinstance(last, int):
         return 0, 8
     return (block or last, bits) if 2 <= bits <= 8 else (0, 8)
@@ -444,42 +318,13 @@ def _rounding(x: ir.Value) -> tuple[int, int]:
 
 def _plain_gemm(node: ir.Node) -> bool:
     """Whether a node is a product and a sum without factors (any ``MatMul`` is)."""
-    factors = (_attribute(node, "alpha", 1.0), _attribute(node, "beta", 1.0))
-    return factors == (1.0, 1.0) and not _attribute(node, "transA", 0)
-
-
-def _attribute(node: ir.Node, name: str, default: Any) -> Any:
-    attribute = node.attributes.get(name)
-    return default if attribute is None or attribute.value is None else attribute.value
+    factors = (attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0))
+    return factors == (1.0, 1.0) and not attribute(node, "transA", 0)
 
 
 def _attributes(layout: Layout) -> Iterator[ir.Attr]:
     for field in dataclasses.fields(Layout):
         yield ir.AttrInt64(field.name, int(getattr(layout, field.name)))
-
-
-def _constant(value: ir.Value) -> bool:
-    return value.const_value is not None and not value.is_graph_input()
-
-
-def _tensor(value: ir.Value) -> ir.TensorProtocol:
-    assert value.const_value is not None
-    return value.const_value
-
-
-def _array(value: ir.Value) -> np.ndarray:
-    return _tensor(value).numpy()
-
-
-def _half(scale: ir.Value) -> bool:
-    """Whether scales are finite in float16 without loss."""
-    if _tensor(scale).dtype is _D.FLOAT16:
-        return True
-    if _tensor(scale).dtype is not _D.FLOAT:
-        return False
-    array = _array(scale)
-    with np.errstate(over="ignore"):
-        return bool((array.astype(np.float16).astype(np.float32) == array).all())
 
 
 def _remove_unused(value: ir.Value) -> None:

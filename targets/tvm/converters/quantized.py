@@ -17,7 +17,7 @@ from hal.targets.tvm.dims import product
 from hal.targets.tvm.fuse_quantized import GATHER, MATMUL
 from hal.targets.tvm.lowering import Op, Operand
 
-_FLAGS = ("zeros", "integer", "signed")
+_FLAGS = ("zeros", "integer", "signed", "floats")
 
 
 def _layout(op: Op) -> Layout:
@@ -75,7 +75,9 @@ def gather(op: Op) -> Operand:
         *zeros, i = rest
         row, column = wrapped(where(*i[:-1]), rows), i[-1]
         code = _code(codes, row, column, k, bits)
-        if op.attribute("signed") and bits == 3:
+        if op.attribute("floats", 0):
+            code = _float(code, bits)
+        elif op.attribute("signed") and bits == 3:
             code = code - half  # planes hold codes that were moved up, not two's complements
         elif op.attribute("signed"):
             code = tirx.bitwise_xor(code, tirx.const(half, "int32")) - half
@@ -85,6 +87,17 @@ def gather(op: Op) -> Operand:
 
     operands = [ids, table, scale, *([zero] if zero is not None else [])]
     return op.compute([*ids.shape, k], body, *operands)
+
+
+def _float(code: Any, bits: int) -> Any:
+    """The number that a float of 8 bits, or twice the one that a float of 4 bits is, as float32."""
+    if bits == 8:
+        moved = tirx.bitwise_and(tirx.shift_left(code, 24), tirx.const(-(1 << 31), "int32"))
+        moved = tirx.bitwise_or(moved, tirx.shift_left(tirx.bitwise_and(code, 127), 20))
+        return tirx.reinterpret("float32", moved) * tirx.const(2.0**120, "float32")
+    size = tirx.bitwise_and(code, 7)
+    size = tirx.max(size, tirx.max(2 * size - 4, 4 * size - 16))
+    return tirx.Select(code >= 8, -size, size)
 
 
 def _code(codes: Any, row: Any, column: Any, k: int, bits: int) -> Any:

@@ -29,6 +29,8 @@ _DTYPES: dict[str, Any] = {
     "u4": ml_dtypes.uint4,
     "i2": ml_dtypes.int2,
     "u2": ml_dtypes.uint2,
+    "f8": ml_dtypes.float8_e4m3fn,
+    "f4": ml_dtypes.float4_e2m1fn,
 }
 
 
@@ -54,14 +56,22 @@ class Case:
         low = -(1 << (bits - 1)) if self.codes[0] == "i" else 0
         dtype = _DTYPES.get(self.codes, np.uint8)
         codes = rng.integers(low, low + (1 << bits), (self.n, self.k))
+        if self.codes[0] == "f":
+            codes = rng.integers(0, 16 if bits == 4 else 127, codes.shape).astype(np.uint8)
+            codes |= (rng.integers(0, 2, codes.shape) << (bits - 1)).astype(np.uint8)
+            codes = codes.view(dtype).astype(np.float32)
         groups = 1 if self.channel else -(-self.k // self.group)
         scale = rng.random((self.n, groups)).astype(self.scale)
+        if self.scale is not np.float16 and self.codes == "f4":
+            scale = np.exp2(rng.integers(-8, 3, scale.shape)).astype(self.scale)
         zeros = np.zeros((self.n, groups), np.int64)
         if self.zero is not None:
             some = rng.integers(low, low + (1 << bits), zeros.shape)
             zeros = some if self.zero == "random" else np.full(zeros.shape, self.zero)
         spread = np.arange(self.k) // (self.k if self.channel else self.group)
-        self.weights = (codes - zeros[:, spread]) * scale.astype(np.float32)[:, spread]
+        self.weights = (codes - zeros[:, spread]).astype(np.float32) * scale.astype(np.float32)[
+            :, spread
+        ]
         tensors = {"codes": codes.astype(dtype), "scale": scale}
         if self.zero is not None:
             tensors["zero"] = zeros.astype(dtype)
@@ -192,6 +202,15 @@ CASES = {
     "three bits, asymmetric": Case(codes="planes", zero="random"),
     "ragged": Case(n=7, k=75, codes="i8"),
     "signed with zero points": Case(codes="i8", zero="random"),
+    "floats of eight bits": Case(codes="f8", tied=True),
+    "floats of eight bits, ragged": Case(n=7, k=75, codes="f8", channel=True),
+    "floats of eight bits, rounded activations": Case(codes="f8", round=32),
+    "floats of four bits": Case(codes="f4", scale=ml_dtypes.float8_e8m0fnu, tied=True),
+    "floats of four bits, rounded activations": Case(
+        n=40, codes="f4", scale=ml_dtypes.float8_e8m0fnu, round=32
+    ),
+    "floats of four bits, other scales": Case(codes="f4", k=72, tied=True),
+    "floats of four bits, by columns": Case(codes="f4", flipped=True, round=0),
     "Gemm with bias": Case(codes="u8", op="Gemm"),
 }
 
@@ -201,7 +220,16 @@ def test_products_with_quantized_weights_run_on_packed_codes(name: str) -> None:
     CASES[name].check(*host())
 
 
-@pytest.mark.parametrize("name", ["rounded in blocks", "three bits"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rounded in blocks",
+        "three bits",
+        "floats of eight bits",
+        "floats of four bits",
+        "floats of four bits, rounded activations",
+    ],
+)
 def test_a_chip_without_dot_products_gives_the_same(name: str) -> None:
     CASES[name].check(*NARROW)
 
@@ -297,7 +325,8 @@ def test_rows_are_picked_before_they_are_rounded() -> None:
 @pytest.mark.parametrize(
     "recipe",
     ["w3a16,head=w3a8,embedding=w3a16", "w3a16-asym,head=w2a16-asym,embedding=w3a16-asym",
-     "w8a8,embedding=w2a16", "ternary-g64,head=w4a16-channel,embedding=w4a16"],
+     "w8a8,embedding=w2a16", "ternary-g64,head=w4a16-channel,embedding=w4a16", "fp8,head=fp8-channel",
+     "mxfp4,head=mxfp4a8,embedding=mxfp4"],
 )  # fmt: skip
 def test_what_the_quantize_pass_makes_runs_as_the_neutral_graph_means_it(recipe: str) -> None:
     from hal.ir.evaluate import evaluate
