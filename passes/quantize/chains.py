@@ -181,7 +181,7 @@ def _shared(ordered: Sequence[ir.Value], between: set[ir.Node]) -> dict[ir.Value
     first: dict[ir.Value, ir.Value] = {}
     for value in ordered:
         maker = value.producer()
-        source = maker.inputs[0] if maker in between and is_op(maker, *MOVES) else None  # type: ignore[union-attr]
+        source = maker.inputs[0] if maker in between and is_op(maker, *MOVES) else None
         first[value] = first.get(source, value) if source is not None else value
     return first
 

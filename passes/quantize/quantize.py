@@ -80,7 +80,7 @@ class Quantize(Pass):
     settings: Mapping[str, Setting | None] = dataclasses.field(default_factory=dict)
     progress: Progress | None = None
     calibration: Calibration | None = None
-    kernels: Kernels = Kernels()
+    kernels: Kernels = dataclasses.field(default_factory=Kernels)
     measured: Measured | None = None
 
     def __str__(self) -> str:
@@ -155,6 +155,7 @@ class Quantize(Pass):
         layers = [layer for layer, _ in chosen]
         weights = {layer.name: matrix(layer) for layer in layers}
         pools_of_means(work.graph)
+        ensure_functions(work.graph.model)
         measured = self.measured
         if measured is None:
             work.tell("static activations")
