@@ -132,7 +132,7 @@ class TvmBackend(Backend):
         from hal.targets.tvm.weights import Weight, load_weights
 
         path = context.files.extracted(f"{context.folder}/{record['library']}")
-        use_threads(context.threads or usable_cores())
+        use_threads(context.threads)
         weights = [Weight.from_json(w) for w in record["weights"]]
         tensors, alive = load_weights(weights, context.files, context.folder)
         inputs, outputs = (

@@ -12,6 +12,7 @@ import tvm
 from tvm import relax
 
 from hal.errors import InputError, TargetError, UnsupportedError
+from hal.targets.detect import usable_cores
 from hal.targets.tvm.dtypes import STORED_AS, from_storage, to_storage
 from hal.targets.tvm.lower import STEP, Port
 from hal.targets.tvm.pipeline import pipeline
@@ -65,10 +66,21 @@ def load_library(path: Path) -> Any:
     return tvm.runtime.load_module(str(path))
 
 
-def use_threads(count: int) -> None:
-    """Size the pool of this process; by itself it takes half of the processors on some machines."""
-    if "TVM_NUM_THREADS" not in os.environ:
-        tvm.get_global_func("runtime.config_threadpool")(1, count)
+_LIMITED = any(name in os.environ for name in ("TVM_NUM_THREADS", "OMP_NUM_THREADS"))
+"""The user has said how many threads there are to be, in what TVM reads itself."""
+
+
+def use_threads(count: int | None) -> None:
+    """Size the pool that this thread's kernels run on; None: as the environment says, or all cores.
+
+    A pool never grows beyond what the environment says when it is made, and by itself it takes
+    half of the processors where it supposes two threads on each core.
+    """
+    if count is None and _LIMITED:
+        return
+    cores = usable_cores()
+    os.environ["TVM_NUM_THREADS"] = str(max(count or cores, cores))
+    tvm.get_global_func("runtime.config_threadpool")(1, count or cores)
 
 
 class Program:
