@@ -18,10 +18,13 @@ import onnx_ir as ir
 
 from hal.errors import InputError, did_you_mean
 
-METHODS = ("rtn", "hqq", "gptq", "awq")
+METHODS = ("rtn", "hqq", "gptq", "awq", "smooth")
 """How codes are found; ``rtn`` and ``hqq`` look at the weights only."""
 
 DATA_FREE = ("rtn", "hqq")
+
+SCALING = ("awq", "smooth")
+"""Methods that divide a layer's input by channel, where it is made, and then round to nearest."""
 
 KINDS = ("linear", "embedding", "head", "experts", "conv")
 """Kinds of layers that a recipe may treat differently; the others follow ``linear``."""

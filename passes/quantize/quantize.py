@@ -14,18 +14,20 @@ from hal.ir import Graph
 from hal.ir.ops import ensure_functions
 from hal.passes._edit import remove_unused
 from hal.passes.base import Outcome, Pass
-from hal.passes.quantize.awq import fold, foldable, search_scales, weighted_rounding
+from hal.passes.quantize.awq import search_scales, weighted_rounding
 from hal.passes.quantize.calibration import Calibration, Statistics
 from hal.passes.quantize.codes import Codes, joined
 from hal.passes.quantize.convolutions import put_convolution
 from hal.passes.quantize.experts import down_statistics, gate_up_statistics, is_down
 from hal.passes.quantize.finished import Finished
-from hal.passes.quantize.formats import DATA_FREE, Recipe, Setting
+from hal.passes.quantize.folding import fold, foldable
+from hal.passes.quantize.formats import DATA_FREE, SCALING, Recipe, Setting
 from hal.passes.quantize.gptq import gptq
 from hal.passes.quantize.hqq import half_quadratic
 from hal.passes.quantize.layers import Layer, find_layers, unknown_layer
 from hal.passes.quantize.rewrite import exchange, put
 from hal.passes.quantize.rtn import round_to_nearest
+from hal.passes.quantize.smooth import SAMPLE, search_strength
 from hal.passes.quantize.static import Kernels, Measured, apply, measure, pools_of_means
 from hal.passes.quantize.streaming import Seen, Streaming, find_stages, inputs_of, looked_up
 from hal.passes.quantize.suited import suited
@@ -142,7 +144,7 @@ class Quantize(Pass):
 
         def visit(layer: Layer, seen: Seen) -> None:
             _, setting, reason = looking[layer.name]
-            if layer is together[layer.name][0] and setting.method == "awq":
+            if layer is together[layer.name][0] and setting.method in SCALING:
                 work.scale([looking[other.name][:2] for other in together[layer.name]], seen)
             work.quantize(layer, setting, reason, seen)
 
@@ -232,7 +234,7 @@ def quantize_matrix(
         return half_quadratic(weight, setting.format)
     if statistics is None:
         raise _needs_data(setting)
-    if setting.method == "awq":
+    if setting.method in SCALING:
         return weighted_rounding(weight, setting.format, statistics.gram)
     return gptq(weight, setting.format, statistics)
 
@@ -289,7 +291,8 @@ class _Work:
 
     def scale(self, stage: Sequence[tuple[Layer, Setting]], seen: Seen) -> None:
         """Make channels of the layers' weights larger and of their common input smaller."""
-        if any(s.method != "awq" or looked_up(x) or x.kind == "experts" for x, s in stage):
+        method = stage[0][1].method
+        if any(s.method != method or looked_up(x) or x.kind == "experts" for x, s in stage):
             return
         value = stage[0][0].products[0].inputs[0]
         readers = {node for layer, _ in stage for node in layer.products}
@@ -297,7 +300,10 @@ class _Work:
         if node is None or any(x.products[0].inputs[0] is not value for x, _ in stage):
             return
         weights, forms = [matrix(x) for x, _ in stage], [s.format for _, s in stage]
-        found = search_scales(weights, forms, seen.gram())
+        if method == "smooth":
+            found = search_strength(weights, forms, seen.sample(SAMPLE))
+        else:
+            found = search_scales(weights, forms, seen.gram())
         fold(self.graph, node, found)
         seen.divide(found)
         self._scales |= {layer.name: found for layer, _ in stage}
@@ -309,7 +315,7 @@ class _Work:
             return quantize_matrix(weight, setting)
         if layer.kind == "experts":
             return self._experts(layer, setting, weight, seen)
-        if setting.method == "awq":
+        if setting.method in SCALING:
             return weighted_rounding(weight, setting.format, seen.gram())
         form = setting.format
         rounding = form.group if form.activations == 8 else None

@@ -333,6 +333,16 @@ class Seen:
             self._grams[rounding] = self._gram(rounding)
         return self._grams[rounding]
 
+    def sample(self, most: int) -> np.ndarray:
+        """About ``most`` rows of the input, evenly from all samples, float32 ``[n, K]``."""
+        self._reach()
+        each = max(1, most // self._samples)
+        found = []
+        for index in range(self._samples):
+            rows = self._rows(self._walk, index, None)
+            found.append(rows[:: max(1, len(rows) // each)])
+        return np.concatenate(found)
+
     def divide(self, scale: np.ndarray) -> None:
         """Note that the graph was changed to make the stage's value smaller by ``scale``."""
         self._walk.divide(self._values[0], scale)
