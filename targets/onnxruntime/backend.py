@@ -18,9 +18,10 @@ from hal.ir.ops import ensure_functions
 from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
 from hal.targets.onnxruntime.kernels import kernel_table
 from hal.targets.onnxruntime.legalize import assess, legalize, uncovered
+from hal.targets.onnxruntime.notes import notes
 from hal.targets.onnxruntime.packing import Repacking, repacks_at_load, token_input
-from hal.targets.onnxruntime.quantized import notes
 from hal.targets.onnxruntime.session import NO_REPACKING, OnnxRuntimeExecutable, open_session
+from hal.targets.onnxruntime.static import expanded_bytes
 from hal.targets.onnxruntime.weights import externalize, relocate, weight_files
 
 _MODEL = "model.onnx"
@@ -95,6 +96,7 @@ class OnnxRuntimeBackend(Backend):
             "prepack": prepack,
             "repack_for": "" if prepack else token_input(legal),
             "in_place": in_place(legal),
+            "fold_bytes": expanded_bytes(legal.model),
             "notes": remarks,
         }
 
@@ -111,7 +113,12 @@ class OnnxRuntimeBackend(Backend):
         route = _route(context.descriptor)
         model = proto.SerializeToString()
         open_with = functools.partial(
-            open_session, model, route, weights=folder, threads=context.threads
+            open_session,
+            model,
+            route,
+            weights=folder,
+            threads=context.threads,
+            fold_bytes=int(record.get("fold_bytes", 0)),
         )
         repacking, tokens = None, str(record.get("repack_for", ""))
         if tokens and NO_REPACKING not in route.session_options:

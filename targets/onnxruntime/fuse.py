@@ -11,11 +11,13 @@ import onnx_ir as ir
 
 from hal.targets.onnxruntime.moe import CONTRIB, fuse_experts
 from hal.targets.onnxruntime.quantized import fuse_quantized
+from hal.targets.onnxruntime.static import fuse_static
 
 
 def fuse(model: ir.Model) -> ir.Model:
     """Rewrite ``model`` in place and return it. Values keep their names."""
-    changed = fuse_quantized(model)
+    changed = fuse_static(model)
+    changed |= fuse_quantized(model)
     changed |= fuse_experts(model)
     for node in list(model.graph.all_nodes()):
         if node.domain == "" and node.op_type in ("Swish", "SwiGLU"):

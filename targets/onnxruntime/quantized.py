@@ -17,7 +17,6 @@ What does not fit stays ``DequantizeLinear``, which the runtime expands in each 
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +33,6 @@ from hal.targets.onnxruntime.moe import CONTRIB, GATED, Emitter, router_logits, 
 STORED_KEY = "hal.stored"
 """Node metadata: how the codes are stored where that is not how the graph has them."""
 
-_WEIGHT = 4096
 _FLOAT32 = 1
 _INT8 = 4
 _LARGEST_BLOCK = 128
@@ -84,30 +82,6 @@ def fuse_quantized(model: ir.Model) -> bool:
     if changed:
         common.RemoveUnusedNodesPass()(model)
     return changed
-
-
-def notes(model: ir.Model) -> list[str]:
-    """Sentences about weights that are not stored, or not read, as the neutral graph has them."""
-    wider = collections.Counter(
-        node.metadata_props[STORED_KEY] for node in model.graph if STORED_KEY in node.metadata_props
-    )
-    found = [
-        f"{count} weights: {text}, which is what has a kernel" for text, count in wider.items()
-    ]
-    expanded = [
-        node
-        for node in model.graph
-        if node.op_type == "DequantizeLinear"
-        and node.inputs[0] is not None
-        and node.inputs[0].const_value is not None
-        and node.inputs[0].const_value.size >= _WEIGHT
-    ]
-    if expanded:
-        found.append(
-            f"{len(expanded)} weights have no kernel that reads their codes: each call expands them"
-            " to floats, which is slower than not to quantize them"
-        )
-    return found
 
 
 # -- finding quantized weights ----------------------------------------------------------------

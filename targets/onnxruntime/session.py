@@ -29,8 +29,11 @@ def open_session(
     weights: Path,
     threads: int | None,
     prepack: bool,
+    fold_bytes: int = 0,
 ) -> ort.InferenceSession:
     """Make a session on exactly the providers that ``route`` names.
+
+    ``fold_bytes`` allows for larger constants to be computed at load.
 
     The runtime by itself carries on with the CPU when a provider is missing or fails to start; here
     that is an error.
@@ -44,7 +47,7 @@ def open_session(
         options.intra_op_num_threads = threads
     entries: dict[str, str] = {
         "session.model_external_initializers_file_folder_path": str(weights),
-        "optimization.constant_folding_max_output_size_in_bytes": str(_FOLD_LIMIT),
+        "optimization.constant_folding_max_output_size_in_bytes": str(max(_FOLD_LIMIT, fold_bytes)),
     }
     if not prepack:
         entries[NO_REPACKING] = "1"

@@ -13,7 +13,7 @@ from hal.ir.evaluate import evaluate
 from hal.passes.base import Pipeline
 from hal.passes.quantize import Quantize, parse_recipe
 from hal.targets.onnxruntime.legalize import legalize
-from hal.targets.onnxruntime.quantized import notes
+from hal.targets.onnxruntime.notes import notes
 from tests.passes.quantize.toy import language_model
 from tests.passes.toys import Toy
 from tests.targets.onnxruntime.support import executable, parse
