@@ -85,8 +85,9 @@ def compile_command(
         Path | None,
         typer.Option(
             "--calibration",
-            metavar="FILE",
-            help="Data to look at and measure on: a text, a .npy of token ids, an .npz of inputs.",
+            metavar="PATH",
+            help="Data to look at and measure on: a text, a .npy of token ids, an .npz of inputs, "
+            "a folder of images.",
         ),
     ] = None,
     accuracy_budget: Annotated[

@@ -78,7 +78,22 @@ def print_quantization(facts: Mapping[str, Any] | None, *, each: bool) -> None:
                 for key, found in groups.items()
             ],
         )
+    if "static" in facts:
+        print_line(static_text(facts["static"]))
     print_line(quantization_text(facts))
+
+
+def static_text(static: Mapping[str, Any]) -> str:
+    """One line about static activations."""
+    ranges = ", ".join(f"{count} by {rule}" for rule, count in static["ranges"].items())
+    text = f"{static['tensors']} activations in {static['dtype']}, ranges: {ranges}"
+    for name, words in (
+        ("integer_ops", "in integers besides"),
+        ("float_ops", "between, in floats"),
+    ):
+        if static[name]:
+            text += f"; {words}: " + ", ".join(f"{n} {op}" for op, n in static[name].items())
+    return text
 
 
 def quantization_text(facts: Mapping[str, Any]) -> str:

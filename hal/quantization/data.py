@@ -12,13 +12,17 @@ import tokenizers
 from hal.errors import InputError
 from hal.ir import Graph
 from hal.passes.quantize.calibration import Calibration, Sample
+from hal.quantization.images import read_images
 from hal.runtime.evaluation import read_numpy
 
 _WINDOW = 512
 _ROWS = 64
 """Windows that are taken of a text: 64 x 512 tokens are what the methods' authors use."""
 
-_KINDS = "a text file, a .npy of token ids, or an .npz of arrays by input name"
+_CALL_BYTES = 4 << 20
+"""Inputs that are run together."""
+
+_KINDS = "a text file, a .npy of token ids, an .npz of arrays by input name, or a folder of images"
 
 
 def load_calibration(
@@ -29,7 +33,8 @@ def load_calibration(
     Args:
         given: a :class:`Calibration`; token ids ``[n]`` or ``[rows, length]``; arrays by input name
             with the examples along the first axis; a sequence of such dictionaries, one for each
-            run; or the path of a text file, a ``.npy`` or an ``.npz``.
+            run; or the path of a text file, a ``.npy``, an ``.npz``, or a folder of images (see
+            :mod:`hal.quantization.images`).
         graph: the neutral graph.
         tokenizer: the model's ``tokenizer.json``, which reads texts.
         folder: where finished layers are kept.
@@ -42,7 +47,8 @@ def load_calibration(
         found = given
     else:
         if isinstance(given, str | Path):
-            given = _read(Path(given), tokenizer)
+            path = Path(given)
+            given = read_images(path, graph) if path.is_dir() else _read(path, tokenizer)
         found = _calibration(given, graph, folder)
     found.check(graph)
     return found
@@ -50,15 +56,43 @@ def load_calibration(
 
 def _calibration(given: Any, graph: Graph, folder: Path | None) -> Calibration:
     if isinstance(given, Mapping):
-        return Calibration([{name: np.asarray(value) for name, value in given.items()}], folder)
+        arrays = {name: np.asarray(value) for name, value in given.items()}
+        return Calibration(_in_calls(graph, arrays), folder)
     if isinstance(given, list | tuple) and given and isinstance(given[0], Mapping):
         return Calibration([{n: np.asarray(v) for n, v in one.items()} for one in given], folder)
-    return Calibration.from_tokens(graph, _in_windows(np.asarray(given), graph), folder=folder)
+    array, inputs = np.asarray(given), graph.signature().inputs
+    if array.dtype.kind == "f" and len(inputs) == 1 and not graph.state:
+        return Calibration(_in_calls(graph, {inputs[0].name: array}), folder)
+    return Calibration.from_tokens(graph, _in_windows(array, graph), folder=folder)
+
+
+def _in_calls(graph: Graph, arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Arrays with examples along the first axis, cut into calls.
+
+    A call has as many as the model insists on (what is left over is dropped), or, where it takes
+    any number, as fit in a few megabytes. Arrays that do not go together are left as they are.
+    """
+    specs = graph.input_specs()
+    if graph.state or set(specs) != set(arrays) or any(not spec.dims for spec in specs.values()):
+        return [arrays]
+    firsts = {spec.dims[0] for spec in specs.values() if spec.dims}
+    counts = {len(array) for array in arrays.values() if array.ndim}
+    if len(firsts) != 1 or len(counts) != 1 or any(not array.ndim for array in arrays.values()):
+        return [arrays]
+    (first,), (count,) = firsts, counts
+    if isinstance(first, int):
+        starts = range(0, count - first + 1, first) if 0 < first < count else range(1)
+        return [{n: a[s : s + first] for n, a in arrays.items()} for s in starts]
+    pieces = -(-sum(array.nbytes for array in arrays.values()) // _CALL_BYTES)
+    cuts = np.array_split(np.arange(count), min(max(pieces, 1), max(count, 1)))
+    return [
+        {name: array[cut[0] : cut[-1] + 1] for name, array in arrays.items()}
+        for cut in cuts
+        if len(cut)
+    ] or [arrays]
 
 
 def _read(path: Path, tokenizer: Path | None) -> Any:
-    if path.is_dir():
-        raise InputError(f"{path} is a folder", f"give {_KINDS}")
     if path.suffix in (".npy", ".npz"):
         found = read_numpy(path, "a .npy or .npz file")
         if isinstance(found, np.lib.npyio.NpzFile):

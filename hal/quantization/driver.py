@@ -14,11 +14,12 @@ from hal.ir import Graph
 from hal.passes.base import PassReport, Pipeline
 from hal.passes.quantize import METADATA_KEY, Quantize
 from hal.passes.quantize.formats import DATA_FREE, KINDS, Format, Recipe, Setting
+from hal.passes.quantize.static import Kernels
 from hal.quantization.budget import Bound, parse_budget, parse_size
 from hal.quantization.data import load_calibration
 from hal.quantization.judge import Judge
 from hal.quantization.plan import Plan, plan_of
-from hal.quantization.search import Found, search
+from hal.quantization.search import Found, Static, search
 
 AUTO = "auto"
 Say = Callable[[str], None]
@@ -33,12 +34,14 @@ class Request:
         bounds: on accuracy.
         size: bytes that all weights may take.
         calibration: data as it was given.
+        implied: the bounds are those that ``auto`` has if none are given.
     """
 
     plan: Plan | None
     bounds: tuple[Bound, ...] = ()
     size: int | None = None
     calibration: Any = None
+    implied: bool = False
 
 
 def parse_request(
@@ -65,17 +68,19 @@ def parse_request(
     if budget and calibration is None:
         raise InputError(
             "a budget is measured on data, and none is given",
-            "add calibration (--calibration): a text file, a .npy of token ids or an .npz",
+            "add calibration (--calibration): a text file, a .npy of token ids, an .npz or a"
+            " folder of images",
         )
     auto = quantize == AUTO
-    if auto and not budget:
-        bounds = parse_budget("kl<=0.02") if calibration is not None else ()
+    implied = auto and not budget and calibration is not None
+    if implied:
+        bounds = parse_budget("kl<=0.02")
     plan = None if auto else plan_of(quantize)
     if budget and plan is not None and plan.recipe.linear is None:
         raise InputError("a budget needs a format to start from", "as in quantize='w4a16'")
     if plan is not None and calibration is None:
         _require_data_free(plan)
-    return Request(plan, bounds, size, calibration)
+    return Request(plan, bounds, size, calibration, implied)
 
 
 def _require_data_free(plan: Plan) -> None:
@@ -113,6 +118,9 @@ def quantize_graph(
         calibration = load_calibration(request.calibration, graph, tokenizer, folder)
         say("computing what the float model says")
         judge = Judge(graph, calibration.samples)
+        if request.implied and graph.metadata.get("task") != "causal-lm":
+            request = dataclasses.replace(request, bounds=parse_budget("cosine>=0.999"))
+    kernels = integer_kernels(descriptor)
     plan = request.plan or Plan(preferred(descriptor, calibration is not None))
     found: Found | None = None
     if judge is not None and (request.bounds or request.size is not None):
@@ -124,17 +132,26 @@ def quantize_graph(
             ladder,
             bounds=request.bounds,
             size=request.size,
+            static=Static(calibration, kernels),
             say=say,
         )
         plan = found.plan
     clock = _Clock(say)
-    step = Quantize(plan.recipe, plan.layers, clock.tell, calibration)
+    step = Quantize(
+        plan.recipe,
+        plan.layers,
+        clock.tell,
+        calibration,
+        kernels,
+        None if found is None else found.measured,
+    )
     result, reports = Pipeline("quantization", (step,)).run(graph)
     facts = result.metadata[METADATA_KEY]
     if judge is not None:
         say("measuring the quantized model")
         facts["figures"] = judge.graph(result)
-        facts["samples"] = len(judge.samples)
+        first = graph.signature().inputs[0].name
+        facts["samples"] = sum(len(sample[first]) for sample in judge.samples)
         _require(request.bounds, facts["figures"])
     if found is not None:
         facts["plan"] = plan.to_toml(found.notes)
@@ -147,12 +164,28 @@ def preferred(descriptor: Descriptor, data: bool) -> Recipe:
     activations = 8 if has_byte_dot(descriptor) else 16
     form = Format(4, 32, True, activations)
     eight = Setting(dataclasses.replace(form, bits=8))
+    static = data and activations == 8
     return Recipe(
         Setting(form, "gptq" if data else "hqq"),
         Setting(Format(8)),
         eight,
         Setting(dataclasses.replace(form, activations=16)),
+        Setting(Format(8, 0, activations=8 if static else 16, static=static)),
     )
+
+
+def integer_kernels(descriptor: Descriptor) -> Kernels:
+    """How static activations and the weights beside them are coded for a target.
+
+    Products of bytes are signed or not by the operands of the widest instruction. Where there is
+    only one whose sums of two products saturate, weights keep to 7 bits.
+    """
+    products = [item for item in descriptor.offered() if {"i8", "u8"} & set(item.types)]
+    whole = [item for item in products if item.does in ("dot", "matrix") and item.k > 1]
+    found = max(whole or products, key=lambda item: item.lanes * item.k, default=None)
+    saturates = not whole and any(item.does == "dot_saturating" for item in products)
+    signed = found is not None and found.types[0] == "i8"
+    return Kernels("int8" if signed else "uint8", 63 if saturates else 127)
 
 
 def has_byte_dot(descriptor: Descriptor) -> bool:

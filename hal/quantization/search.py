@@ -21,11 +21,13 @@ import numpy as np
 
 from hal.errors import CheckFailed, InputError
 from hal.ir import Graph
-from hal.passes.quantize import Recipe, Setting, find_layers
+from hal.passes.base import Pipeline
+from hal.passes.quantize import Calibration, Quantize, Recipe, Setting, find_layers
 from hal.passes.quantize.formats import DATA_FREE, Format
 from hal.passes.quantize.layers import Layer
 from hal.passes.quantize.quantize import matrix, quantize_matrix
-from hal.passes.quantize.rewrite import rounds_activations
+from hal.passes.quantize.static import Kernels, Measured, measure, pools_of_means
+from hal.passes.quantize.suited import suited
 from hal.quantization.budget import Bound
 from hal.quantization.judge import Judge
 from hal.quantization.plan import Plan
@@ -57,9 +59,18 @@ class Found:
     bytes: int
     notes: Mapping[str, str]
     checks: int
+    measured: Measured | None = None
 
 
 Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What static activations are found on, and the kernels they are for."""
+
+    calibration: Calibration | None = None
+    kernels: Kernels = dataclasses.field(default_factory=Kernels)
 
 
 def search(
@@ -70,6 +81,7 @@ def search(
     *,
     bounds: Sequence[Bound] = (),
     size: int | None = None,
+    static: Static | None = None,
     say: Say = lambda _: None,
 ) -> Found:
     """The plan with the fewest bytes that meets ``bounds``, or the best within ``size`` bytes.
@@ -81,6 +93,7 @@ def search(
         ladder: formats from low to high; float comes after the last.
         bounds: on accuracy; all must be met.
         size: bytes that all weights of the model may take.
+        static: for layers with static activations; without it their weights alone are rounded.
         say: told what is being done.
 
     Raises:
@@ -90,37 +103,107 @@ def search(
     layers = [layer for layer in find_layers(graph) if not layer.routes]
     if not layers:
         raise InputError("the model has no weights to quantize", "leave the budget out")
+    rounding = _Rounding(graph, judge, layers, recipe, static or Static(), say)
     options = {}
     for index, layer in enumerate(layers):
         say(f"sensitivity of layer {index + 1} of {len(layers)}: {layer.name}")
-        options[layer.name] = _options(layer, judge, recipe, ladder)
+        options[layer.name] = _options(layer, judge, recipe, ladder, rounding)
     fixed = graph.weight_bytes() - sum(found[-1].bytes for found in options.values())
-    trial = _Trial(graph, judge, recipe, layers, options, fixed)
+    trial = _Trial(graph, judge, recipe, layers, options, fixed, rounding)
     if size is not None:
         return trial.within(size, bounds, say)
     return trial.least(bounds, say)
 
 
-def _options(layer: Layer, judge: Judge, recipe: Recipe, ladder: Sequence[Format]) -> list[Choice]:
+def _options(
+    layer: Layer,
+    judge: Judge,
+    recipe: Recipe,
+    ladder: Sequence[Format],
+    rounding: _Rounding,
+) -> list[Choice]:
     """The layer's formats from few bytes to float, each with less damage than the one before."""
     weight = matrix(layer)
     floats = weight.size * _float_bytes(layer)
     damage: float | None = None
     base = 0.0
     found: list[Choice] = []
-    for form in ladder:
-        setting = _fitting(layer, recipe, form)
+    for setting in _settings(layer, recipe, ladder, rounding.static.calibration is not None):
         codes = quantize_matrix(weight, setting)
         rounded = codes.dequantized()
+        if setting.format.static:
+            found.append(Choice(setting, codes.nbytes, rounding.damage(layer, setting)))
+            continue
         error = float(np.square(weight - rounded).sum(dtype=np.float64))
         if damage is None:
             base = error
-            stored = layer.stored(rounded)
-            changed = {layer.weight.name or "": np.ascontiguousarray(stored)}
+            changed = {layer.weight.name or "": layer.stored(rounded)}
             damage = max(_damage(judge.weights(changed, probe=True)), 0.0)
         found.append(Choice(setting, codes.nbytes, damage * error / base if base else 0.0))
     found.append(Choice(None, floats, 0.0))
     return found
+
+
+def _settings(
+    layer: Layer, recipe: Recipe, ladder: Sequence[Format], static: bool
+) -> list[Setting]:
+    """The layer's settings from few bytes to many, weights alone after static activations."""
+    if layer.kind != "conv":
+        return list(dict.fromkeys(_fitting(layer, recipe, form) for form in ladder))
+    asked = recipe.conv
+    if asked is None:
+        return []
+    alone = dataclasses.replace(asked.format, activations=16, static=False)
+    tried = [asked] if static or not asked.format.static else []
+    tried += [Setting(alone), Setting(dataclasses.replace(alone, bits=8))]
+    found = [suited(layer, setting)[0] for setting in tried]
+    return list(dict.fromkeys(setting for setting in found if setting is not None))
+
+
+@dataclasses.dataclass
+class _Rounding:
+    """Graphs with static activations, from one look at the samples."""
+
+    graph: Graph
+    judge: Judge
+    layers: list[Layer]
+    recipe: Recipe
+    static: Static
+    say: Say
+    measured: Measured | None = None
+
+    def damage(self, layer: Layer, setting: Setting) -> float:
+        """What ``layer`` alone does to the result, activations included."""
+        names = {other.name: None for other in self.layers}
+        return max(_damage(self.figures({**names, layer.name: setting})), 0.0)
+
+    def figures(self, settings: Mapping[str, Setting | None]) -> dict[str, float]:
+        """Figures of the graph that these settings give."""
+        if self.measured is None:
+            self._measure()
+        step = Quantize(
+            self.recipe,
+            settings,
+            calibration=self.static.calibration,
+            kernels=self.static.kernels,
+            measured=self.measured,
+        )
+        return self.judge.graph(Pipeline("trial", (step,)).run(self.graph)[0])
+
+    def _measure(self) -> None:
+        assert self.static.calibration is not None
+        graph = self.graph.clone()
+        pools_of_means(graph)
+        names = {layer.name for layer in self.layers if _static(layer, self.recipe)}
+        layers = [layer for layer in find_layers(graph) if layer.name in names]
+        kernels = self.static.kernels
+        self.measured = measure(graph, layers, self.static.calibration, kernels, self.say)
+
+
+def _static(layer: Layer, recipe: Recipe) -> bool:
+    asked = recipe.setting(layer.kind)
+    setting = None if asked is None else suited(layer, asked)[0]
+    return setting is not None and setting.format.static
 
 
 def _float_bytes(layer: Layer) -> int:
@@ -135,9 +218,9 @@ def _fitting(layer: Layer, recipe: Recipe, form: Format) -> Setting:
     if layer.kind == "experts":
         group = 0 if form.bits == 8 else form.group
         form = dataclasses.replace(form, symmetric=True, activations=16, group=group)
-    elif form.activations == 8 and not rounds_activations(layer, form.group):
-        form = dataclasses.replace(form, activations=16)
-    return Setting(form, method)
+    setting, _ = suited(layer, Setting(form, method))
+    assert setting is not None
+    return setting
 
 
 def _damage(figures: Mapping[str, float]) -> float:
@@ -154,6 +237,7 @@ class _Trial:
     layers: list[Layer]
     options: Mapping[str, list[Choice]]
     fixed: int
+    rounding: _Rounding
     checks: int = 0
 
     def least(self, bounds: Sequence[Bound], say: Say) -> Found:
@@ -228,21 +312,26 @@ class _Trial:
         chosen = {name: self.options[name][i] for name, i in picked.items()}
         used = self.fixed + sum(choice.bytes for choice in chosen.values())
         say(f"checking a plan of {used / 1e6:,.1f} MB")
-        changed = {}
-        for layer in self.layers:
-            setting = chosen[layer.name].setting
-            if setting is not None:
-                rounded = quantize_matrix(matrix(layer), setting).dequantized()
-                stored = layer.stored(rounded)
-                changed[layer.weight.name or ""] = np.ascontiguousarray(stored)
-        figures = self.judge.weights(changed)
+        figures = self._figures(chosen)
         settings = {name: self._real(choice.setting) for name, choice in chosen.items()}
         notes = {
             name: f"damage {self.options[name][0].damage:.2g} at the lowest"
             for name, i in picked.items()
             if i > 0
         }
-        return Found(Plan(self.recipe, settings), figures, used, notes, self.checks)
+        plan = Plan(self.recipe, settings)
+        return Found(plan, figures, used, notes, self.checks, self.rounding.measured)
+
+    def _figures(self, chosen: Mapping[str, Choice]) -> dict[str, float]:
+        if any(c.setting is not None and c.setting.format.static for c in chosen.values()):
+            return self.rounding.figures({name: c.setting for name, c in chosen.items()})
+        changed = {}
+        for layer in self.layers:
+            setting = chosen[layer.name].setting
+            if setting is not None:
+                rounded = quantize_matrix(matrix(layer), setting).dequantized()
+                changed[layer.weight.name or ""] = layer.stored(rounded)
+        return self.judge.weights(changed)
 
     def _real(self, setting: Setting | None) -> Setting | None:
         """The setting with the recipe's own method, for formats that it can be asked for."""

@@ -159,7 +159,7 @@ class Quantize(Pass):
         pools_of_means(work.graph)
         ensure_functions(work.graph.model)
         measured = self.measured
-        if measured is None:
+        if measured is None or not measured.covers(work.graph, layers):
             work.tell("static activations")
             measured = measure(work.graph, layers, self.calibration, self.kernels)
         applied = apply(work.graph, layers, measured, self.kernels)

@@ -76,6 +76,15 @@ class Measured:
     histograms: Mapping[str, Histogram]
     shifts: Mapping[str, Shift]
 
+    def covers(self, graph: Graph, layers: Sequence[Layer]) -> bool:
+        """Whether it says all that :func:`apply` needs for ``layers``."""
+        chains = find_chains(graph, layers)
+        nodes = {node.outputs[0].name for node in chains.heavy}
+        return (
+            nodes <= self.shifts.keys()
+            and {value.name for value in chains.coded} <= self.histograms.keys()
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Applied:
@@ -141,8 +150,16 @@ def pools_of_means(graph: Graph) -> int:
         edit = Editor(graph)
         edit.at(node)
         old = node.outputs[0]
-        count += edit.replace(old, edit.op("GlobalAveragePool", node.inputs[:1], like=old))
+        pool = edit.op("GlobalAveragePool", node.inputs[:1], like=old)
+        if old.is_graph_output():
+            edit.replace(old, pool)
+        else:
+            name = old.name
+            old.replace_all_uses_with(pool)
         graph.graph.remove(node, safe=True)
+        if not pool.is_graph_output():
+            pool.name = name
+        count += 1
     return count
 
 

@@ -51,10 +51,18 @@ def runs_on_codes(node: ir.Node) -> bool:
     readers = [use.node for use in node.outputs[0].uses()]
     return bool(readers) and all(
         not reader.domain
-        and reader.op_type in ("Conv", "MatMul", "Gemm")
         and is_coded(reader.inputs[0])
+        and (reader.op_type == "MatMul" or (reader.op_type == "Conv" and _is_coded_again(reader)))
         for reader in readers
     )
+
+
+def _is_coded_again(node: ir.Node) -> bool:
+    """Whether a convolution's result goes into codes and nowhere else."""
+    readers = [use.node for use in node.outputs[0].uses()]
+    if len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
+        readers = [use.node for use in readers[0].outputs[0].uses()]
+    return bool(readers) and all(reader.op_type == "QuantizeLinear" for reader in readers)
 
 
 def _weight(value: ir.Value | None) -> ir.Node | None:
@@ -107,7 +115,7 @@ def _product(graph: ir.Graph, node: ir.Node) -> bool:
 def _convolution(graph: ir.Graph, node: ir.Node) -> bool:
     """A weight that no integer kernel reads, as a product of constants."""
     weight = _weight(node.inputs[1])
-    if weight is None or (node.op_type == "Conv" and is_coded(node.inputs[0])):
+    if weight is None or runs_on_codes(weight):
         return False
     result = weight.outputs[0]
     if result.dtype is not ir.DataType.FLOAT or result.shape is None:
