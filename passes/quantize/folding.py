@@ -31,6 +31,8 @@ def foldable(value: ir.Value, readers: set[ir.Node]) -> ir.Node | None:
         if _factor(node) is not None:
             return node
         return next((m for v in node.inputs if (m := _linear(v, {node})) is not None), None)
+    if is_op(node, "SwiGLU"):
+        return _linear(node.inputs[1], {node})
     return _linear(value, readers)
 
 

@@ -125,14 +125,23 @@ class Format:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A format, and the method that finds its codes."""
+    """A format, and the method that finds its codes.
+
+    ``rotate`` asks for residual streams to be turned first, which concerns the whole model.
+    """
 
     format: Format
     method: str = "rtn"
+    rotate: bool = False
+
+    @property
+    def how(self) -> str:
+        """The method with its options."""
+        return f"{self.method}+rotate" if self.rotate else self.method
 
     def __str__(self) -> str:
         """The text that :func:`parse_setting` reads."""
-        return f"{self.format}:{self.method}"
+        return f"{self.format}:{self.how}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,17 +234,21 @@ def _check(form: Format, text: str) -> None:
 
 
 def parse_setting(text: str) -> Setting | None:
-    """Read ``FORMAT[:METHOD]``, or ``float`` for no quantization (None).
+    """Read ``FORMAT[:METHOD][+rotate]``, or ``float`` for no quantization (None).
 
     Raises:
         InputError: it is neither.
     """
     if text.strip().lower() == "float":
         return None
-    name, colon, method = text.strip().lower().partition(":")
+    base, *options = text.strip().lower().split("+")
+    for option in options:
+        if option != "rotate":
+            raise InputError(f"no option {option!r}", "as in w4a8:gptq+rotate")
+    name, colon, method = base.partition(":")
     if colon and method not in METHODS:
         raise InputError(f"no method {method!r}", did_you_mean(method, METHODS))
-    return Setting(parse_format(name), method or "rtn")
+    return Setting(parse_format(name), method or "rtn", bool(options))
 
 
 def parse_recipe(text: str) -> Recipe:

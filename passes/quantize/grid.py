@@ -32,13 +32,15 @@ def round_to_grid(values: np.ndarray, form: Format) -> np.ndarray:
     Ties go to even codes.
     """
     if form.integer:
-        return np.rint(values, out=values)
+        np.rint(values, out=values)
+        return values
     exponent = np.frexp(values)[1]
     np.maximum(exponent - 1, _SMALLEST[form.code], out=exponent)
     exponent -= _STEPS[form.code]
     np.ldexp(values, -exponent, out=values)
     np.rint(values, out=values)
-    return np.ldexp(values, exponent, out=values)
+    np.ldexp(values, exponent, out=values)
+    return values
 
 
 def code_dtype(form: Format) -> Any:
@@ -54,7 +56,8 @@ def round_scale(scale: np.ndarray, form: Format) -> np.ndarray:
         return scale.astype(np.float16)
     with np.errstate(divide="ignore"):
         exponent = np.rint(np.log2(np.abs(scale)))
-    return np.exp2(np.clip(exponent, *_EXPONENTS)).astype(np.float16)
+    result: np.ndarray = np.exp2(np.clip(exponent, *_EXPONENTS)).astype(np.float16)
+    return result
 
 
 __all__ = ["STORED", "code_dtype", "round_scale", "round_to_grid"]

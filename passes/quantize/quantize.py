@@ -21,11 +21,12 @@ from hal.passes.quantize.convolutions import put_convolution
 from hal.passes.quantize.experts import down_statistics, gate_up_statistics, is_down
 from hal.passes.quantize.finished import Finished
 from hal.passes.quantize.folding import fold, foldable
-from hal.passes.quantize.formats import DATA_FREE, SCALING, Recipe, Setting
+from hal.passes.quantize.formats import DATA_FREE, KINDS, SCALING, Recipe, Setting
 from hal.passes.quantize.gptq import gptq
 from hal.passes.quantize.hqq import half_quadratic
 from hal.passes.quantize.layers import Layer, find_layers, unknown_layer
 from hal.passes.quantize.rewrite import exchange, put
+from hal.passes.quantize.rotate import Turned, rotate
 from hal.passes.quantize.rtn import round_to_nearest
 from hal.passes.quantize.smooth import SAMPLE, search_strength
 from hal.passes.quantize.static import Kernels, Measured, apply, measure, pools_of_means
@@ -98,9 +99,10 @@ class Quantize(Pass):
         """
         if self.calibration is not None:
             self.calibration.check(graph)
-        layers = find_layers(graph)
-        chosen = self._choose(layers)
         before = graph.weight_bytes()
+        turned = rotate(graph) if self._turns() else None
+        layers = find_layers(graph)
+        chosen = self._choose(layers, turned)
         work = _Work(graph, self, len(chosen))
         looking: dict[str, tuple[Layer, Setting, str]] = {}
         static: list[tuple[Layer, Setting]] = []
@@ -123,14 +125,19 @@ class Quantize(Pass):
         ensure_functions(graph.model)
         graph.metadata[METADATA_KEY] = _summary(self.recipe, reports) | facts
         count = sum(r.format != "float" for r in reports)
-        return Outcome(
-            count,
-            {
-                "recipe": str(self.recipe),
-                "bits per weight": f"{graph.metadata[METADATA_KEY]['bits_per_weight']:.2f}",
-                "weights": f"{graph.weight_bytes() / before:.1%} of the bytes",
-            },
-        )
+        details = {
+            "recipe": str(self.recipe),
+            "bits per weight": f"{graph.metadata[METADATA_KEY]['bits_per_weight']:.2f}",
+            "weights": f"{graph.weight_bytes() / before:.1%} of the bytes",
+        }
+        if turned is not None:
+            details["rotated"] = graph.metadata[METADATA_KEY]["rotated"] = str(turned)
+        return Outcome(count, details)
+
+    def _turns(self) -> bool:
+        """Whether residual streams are to be turned."""
+        settings = [self.recipe.setting(kind) for kind in KINDS] + list(self.settings.values())
+        return any(setting is not None and setting.rotate for setting in settings)
 
     def _calibrated(self, work: _Work, looking: Mapping[str, tuple[Layer, Setting, str]]) -> None:
         """Quantize the layers whose methods look at data."""
@@ -167,12 +174,15 @@ class Quantize(Pass):
             work.take(layer, setting, weights[layer.name], applied.codes[layer.name])
         return {"static": applied.facts}
 
-    def _choose(self, layers: list[Layer]) -> list[tuple[Layer, Setting | None, str]]:
+    def _choose(
+        self, layers: list[Layer], turned: Turned | None
+    ) -> list[tuple[Layer, Setting | None, str]]:
         names = {layer.name for layer in layers}
         for name in self.settings:
             if name not in names:
                 raise InputError(f"no layer {name!r} in the model", unknown_layer(name, layers))
-        chosen = [(layer, *self._setting(layer)) for layer in layers]
+        basis = frozenset() if turned is None else turned.basis
+        chosen = [(layer, *self._setting(layer, basis)) for layer in layers]
         if not any(setting is not None for _, setting, _ in chosen):
             raise InputError(
                 f"quantize={str(self.recipe)!r}: the model has no weights for it",
@@ -189,7 +199,7 @@ class Quantize(Pass):
             )
         return chosen
 
-    def _setting(self, layer: Layer) -> tuple[Setting | None, str]:
+    def _setting(self, layer: Layer, basis: frozenset[str]) -> tuple[Setting | None, str]:
         if layer.name in self.settings:
             named = self.settings[layer.name]
             if named is None or not (layer.kind == "conv" or named.format.static):
@@ -197,7 +207,8 @@ class Quantize(Pass):
             return suited(layer, named)
         if layer.routes:
             return None, "its result chooses what is computed"
-        setting = self.recipe.setting(layer.kind)
+        kind = "head" if layer.weight.name in basis else layer.kind
+        setting = self.recipe.setting(kind)
         if setting is None:
             return None, "the recipe keeps it"
         return suited(layer, setting)
@@ -402,7 +413,7 @@ def _report(
         layer.kind,
         layer.size,
         str(setting.format),
-        setting.method,
+        setting.how,
         8 * codes.nbytes / weight.size,
         None if snr is None else round(float(snr), 2),
         reason,
