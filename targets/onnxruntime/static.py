@@ -103,13 +103,60 @@ def _product(graph: ir.Graph, node: ir.Node) -> bool:
         across = graph.initializers[across.name]
     else:
         graph.register_initializer(across)
-    decode = ir.node("DequantizeLinear", [across, _float32(graph, scale)], {"axis": 1})
+    # Only with zero points, onnxruntime 1.32 makes an integer op of a product and its bias.
+    zero = _constant(graph, np.zeros(across.shape.numpy()[1], np.int8), f"{across.name}/zero")
+    decode = ir.node("DequantizeLinear", [across, _float32(graph, scale), zero], {"axis": 1})
     decode.name = decode.outputs[0].name = f"{node.outputs[0].name}/weight"
     decode.outputs[0].type, decode.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), across.shape
     graph.insert_before(node, decode)
     node.replace_input_with(1, decode.outputs[0])
+    _code_bias(graph, node, decode)
     _remove(turn, weight)
     return True
+
+
+def _code_bias(graph: ir.Graph, node: ir.Node, weight: ir.Node) -> None:
+    """The bias of a product of matrices as int32: the runtime makes one op of the two first."""
+    x, uses = node.inputs[0], tuple(node.outputs[0].uses())
+    if x is None or x.shape is None or len(x.shape) != 2 or len(uses) != 1:
+        return
+    add, decode = uses[0].node, x.producer()
+    if add.domain or add.op_type != "Add" or decode is None or node.outputs[0].is_graph_output():
+        return
+    bias = add.inputs[1 - uses[0].idx]
+    if bias is None or bias.const_value is None or not bias.is_initializer():
+        return
+    scale = _array(decode.inputs[1]).reshape(()) * _array(weight.inputs[1])
+    codes = np.rint(_array(bias).astype(np.float64) / scale)
+    if codes.shape != scale.shape or not (np.abs(codes) < 2**30).all():
+        return
+    name = f"{node.outputs[0].name}/bias"
+    inputs = [
+        _constant(graph, codes.astype(np.int32), f"{name}/codes"),
+        _constant(graph, scale.astype(np.float32), f"{name}/scale"),
+        _constant(graph, np.zeros(codes.shape, np.int32), f"{name}/zero"),
+    ]
+    made = ir.node("DequantizeLinear", inputs, {"axis": 0})
+    made.name = made.outputs[0].name = name
+    made.outputs[0].type, made.outputs[0].shape = bias.type, bias.shape
+    graph.insert_before(add, made)
+    add.replace_input_with(1 - uses[0].idx, made.outputs[0])
+
+
+def _array(value: ir.Value | None) -> np.ndarray:
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def _constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
+    if name in graph.initializers:
+        return graph.initializers[name]
+    tensor = ir.tensor(array, name=name)
+    made = ir.Value(name=name, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    made.shape = ir.Shape(tensor.shape.numpy())
+    graph.register_initializer(made)
+    return made
 
 
 def _convolution(graph: ir.Graph, node: ir.Node) -> bool:
@@ -160,10 +207,7 @@ def _float32(graph: ir.Graph, value: ir.Value, shape: list[int] | None = None) -
     name = f"{value.name}/float32"
     if name not in graph.initializers:
         array = value.const_value.numpy().astype(np.float32)
-        tensor = ir.tensor(array if shape is None else array.reshape(shape), name=name)
-        made = ir.Value(name=name, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        made.shape = ir.Shape(tensor.shape.numpy())
-        graph.register_initializer(made)
+        _constant(graph, array if shape is None else array.reshape(shape), name)
     return graph.initializers[name]
 
 
