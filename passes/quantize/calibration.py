@@ -101,6 +101,17 @@ class Calibration:
                     "encode the text with the model's own tokenizer",
                 )
 
+    def first(self, rows: int) -> Calibration:
+        """As many samples as hold ``rows`` rows of their first input together, or all."""
+        found, seen = [], 0
+        for sample in self.samples:
+            if seen >= rows:
+                break
+            found.append(sample)
+            array = next(iter(sample.values()))
+            seen += array.size if array.dtype.kind in "iu" else array.size // array.shape[-1]
+        return dataclasses.replace(self, samples=found)
+
     def digest(self) -> str:
         """A name for the samples' content."""
         found = hashlib.sha256()

@@ -29,6 +29,9 @@ from hal.passes.quantize.experts import Routed, is_down
 from hal.passes.quantize.layers import Layer
 
 
+_CORRECTED = 8192
+"""Tokens of the second walk. Corrections are damped and want fewer of them than Gram matrices."""
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A value, by name, and the layers whose products read it; for experts the routing as well."""
@@ -111,7 +114,7 @@ class Walk:
         self._graph = graph
         self._folder = tempfile.TemporaryDirectory(prefix="hal-calibration-")
         self._store = _Store(Path(self._folder.name), calibration.spill_bytes)
-        self._count = len(calibration.samples)
+        self.count = len(calibration.samples)
         self._live = {name for sample in calibration.samples for name in sample}
         for index, sample in enumerate(calibration.samples):
             for name, array in sample.items():
@@ -133,7 +136,7 @@ class Walk:
 
     def divide(self, name: str, scale: np.ndarray) -> None:
         """Divide a value that is held by ``scale`` along its last axis, as the graph now does."""
-        for index in range(self._count):
+        for index in range(self.count):
             value = self._store.get(index, name)
             self._store.put(index, name, (value / scale).astype(value.dtype))
 
@@ -160,7 +163,7 @@ class Walk:
             inputs = self._live | set(weights)
             run = Evaluator(_segment(self._graph, nodes, inputs, list(made.values())))
             given = _read(nodes) & self._live
-        for index in range(self._count):
+        for index in range(self.count):
             if nodes:
                 feeds = {name: self._store.get(index, name) for name in given} | weights
                 for name, value in run(feeds).items():
@@ -285,7 +288,10 @@ class Streaming:
         other = None
         if self.correct:
             assert self.float_graph is not None
-            other = Walk(self.float_graph, self.calibration, self.stages)
+            samples = self.calibration
+            if not any(layer.kind == "experts" for stage in self.stages for layer in stage.layers):
+                samples = samples.first(_CORRECTED)  # experts see few of the tokens as it is
+            other = Walk(self.float_graph, samples, self.stages)
         try:
             for stage in self.stages:
                 seen = Seen(walk, other, stage.values, len(self.calibration.samples))
@@ -306,7 +312,6 @@ class Seen:
         self._walk, self._other, self._values, self._samples = walk, other, values, samples
         self._grams: dict[int | None, np.ndarray] = {}
         self._cross: dict[int | None, np.ndarray] = {}
-        self._tokens = 1
 
     def statistics(
         self, layer: Layer, weight: np.ndarray, rounding: int | None = None
@@ -378,16 +383,16 @@ class Seen:
             rows = self._rows(self._walk, index, group)
             total = _plus(total, rows.T @ rows)
             tokens += len(rows)
-        self._tokens = max(tokens, 1)
-        return np.asarray(total / np.float32(self._tokens))
+        return np.asarray(total / np.float32(max(tokens, 1)))
 
     def _crossed(self, group: int | None) -> np.ndarray:
         assert self._other is not None
-        total = np.float32(0)
-        for index in range(self._samples):
+        total, tokens = np.float32(0), 0
+        for index in range(self._other.count):
             rows = self._rows(self._walk, index, group)
             total = _plus(total, (self._rows(self._other, index, None) - rows).T @ rows)
-        return np.asarray(total / np.float32(self._tokens))
+            tokens += len(rows)
+        return np.asarray(total / np.float32(max(tokens, 1)))
 
     def _lacking(
         self, weight: np.ndarray, group: int | None, target: str | None, *, with_input: bool
@@ -397,8 +402,8 @@ class Seen:
             target = None
         if target is None and not with_input:
             return None
-        total = np.float32(0)
-        for index in range(self._samples):
+        total, tokens = np.float32(0), 0
+        for index in range(self._other.count):
             rows = self._rows(self._walk, index, group)
             lacking = np.zeros((len(rows), len(weight)), np.float32)
             if with_input:
@@ -409,7 +414,8 @@ class Seen:
                     return None if not with_input else np.asarray(0 * weight)
                 lacking += there.reshape(lacking.shape)
             total = _plus(total, lacking.T @ rows)
-        return np.asarray(total / np.float32(self._tokens))
+            tokens += len(rows)
+        return np.asarray(total / np.float32(max(tokens, 1)))
 
 
 def _plus(total: Any, part: np.ndarray) -> Any:
