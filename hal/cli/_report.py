@@ -80,6 +80,8 @@ def print_quantization(facts: Mapping[str, Any] | None, *, each: bool) -> None:
         )
     if "static" in facts:
         print_line(static_text(facts["static"]))
+    if "rotated" in facts:
+        print_line(f"residual streams turned: {facts['rotated']}")
     print_line(quantization_text(facts))
 
 

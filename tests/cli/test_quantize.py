@@ -50,6 +50,15 @@ def test_compile_and_inspect_show_formats_error_and_figures(
     assert facts["figures"]["cosine"] > 0.95
 
 
+def test_a_model_without_a_residual_stream_says_so(
+    hal_command: Hal, toy: Path, tmp_path: Path
+) -> None:
+    options = ("-t", "host:onnxruntime", "--quantize", "w4a16+rotate", "--no-verify")
+    result = hal_command("compile", toy, "-o", tmp_path / "q.hal", *options)
+    assert result.code == 0, result.err
+    assert "residual streams turned: none: no norms" in " ".join(result.out.split())
+
+
 def test_a_plan_is_saved_edited_and_used_again(
     hal_command: Hal, toy: Path, data: Path, tmp_path: Path
 ) -> None:
