@@ -91,20 +91,9 @@ def _product(graph: ir.Graph, node: ir.Node) -> bool:
     assert scale is not None
     if codes.shape is None or len(codes.shape) != 2:
         return False
-    across = ir.Value(name=f"{codes.name}/across", type=codes.type)
-    across.shape = ir.Shape(list(reversed(codes.shape.numpy())))
-    across.const_value = ir.LazyTensor(
-        lambda: ir.Tensor(np.ascontiguousarray(codes.const_value.numpy().T)),  # type: ignore[union-attr]
-        dtype=ir.DataType.INT8,
-        shape=across.shape,
-        name=across.name,
-    )
-    if across.name in graph.initializers:
-        across = graph.initializers[across.name]
-    else:
-        graph.register_initializer(across)
+    across, columns = _across(graph, codes), int(codes.shape.numpy()[0])
     # Only with zero points, onnxruntime 1.32 makes an integer op of a product and its bias.
-    zero = _constant(graph, np.zeros(across.shape.numpy()[1], np.int8), f"{across.name}/zero")
+    zero = _constant(graph, np.zeros(columns, np.int8), f"{across.name}/zero")
     decode = ir.node("DequantizeLinear", [across, _float32(graph, scale), zero], {"axis": 1})
     decode.name = decode.outputs[0].name = f"{node.outputs[0].name}/weight"
     decode.outputs[0].type, decode.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), across.shape
@@ -113,6 +102,24 @@ def _product(graph: ir.Graph, node: ir.Node) -> bool:
     _code_bias(graph, node, decode)
     _remove(turn, weight)
     return True
+
+
+def _across(graph: ir.Graph, codes: ir.Value) -> ir.Value:
+    """Codes ``[N, K]`` as ``[K, N]``, turned when the build writes them."""
+    name = f"{codes.name}/across"
+    if name not in graph.initializers:
+        tensor = codes.const_value
+        assert tensor is not None
+        shape = ir.Shape(list(reversed(tensor.shape.numpy())))
+        turned = ir.LazyTensor(
+            lambda: ir.Tensor(np.ascontiguousarray(tensor.numpy().T)),
+            dtype=ir.DataType.INT8,
+            shape=shape,
+            name=name,
+        )
+        value = ir.Value(name=name, type=codes.type, shape=shape, const_value=turned)
+        graph.register_initializer(value)
+    return graph.initializers[name]
 
 
 def _code_bias(graph: ir.Graph, node: ir.Node, weight: ir.Node) -> None:

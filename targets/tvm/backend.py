@@ -25,6 +25,7 @@ from hal.ir import Graph
 from hal.ir.cache_plan import in_place
 from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
 from hal.targets.detect import usable_cores
+from hal.targets.tvm.notes import notes
 
 if TYPE_CHECKING:
     from hal.targets.tvm.lowering import Shaping
@@ -117,6 +118,7 @@ class TvmBackend(Backend):
             "in_place": in_place(graph),
             "single": [list(place) for place in lowered.single],
             "weights": [dataclasses.asdict(w) for w in weights],
+            "notes": notes(graph.graph),
             "tvm": importlib.metadata.version("apache-tvm"),
         }
 
