@@ -69,7 +69,8 @@ def _hadamard(size: int) -> np.ndarray:
 
 def _hartley(size: int) -> np.ndarray:
     angle = 2 * np.pi / size * (np.outer(np.arange(size), np.arange(size)) % size)
-    return ((np.cos(angle) + np.sin(angle)) / np.sqrt(size)).astype(np.float32)
+    result: np.ndarray = ((np.cos(angle) + np.sin(angle)) / np.sqrt(size)).astype(np.float32)
+    return result
 
 
 __all__ = ["Rotation"]
