@@ -3,6 +3,8 @@
     python examples/train_digits.py --output digits
     hal compile digits/digits.onnx -o digits.hal
     hal eval digits.hal --inputs digits/test.npz --labels digits/labels.npy
+    hal compile digits/digits.onnx -o int8.hal --quantize w8a8 --calibration digits/calibration.npz
+    hal eval int8.hal --inputs digits/test.npz --labels digits/labels.npy --against digits.hal
 
 What is written:
 

@@ -20,7 +20,14 @@ def test_the_network_learns_and_is_scored_by_its_own_files(load: Load, tmp_path:
     assert found.examples == 600
     assert found.accuracy is not None
     assert found.accuracy.value > 0.9
-    assert np.load(tmp_path / "calibration.npz")["images"].shape == (256, 1, 8, 8)
+    data = tmp_path / "calibration.npz"
+    assert np.load(data)["images"].shape == (256, 1, 8, 8)
+    codes = hal.compile(
+        tmp_path / "digits.onnx", target="host:onnxruntime", quantize="w8a8", calibration=data
+    )
+    again = hal.evaluate(codes, inputs=tmp_path / "test.npz", labels=tmp_path / "labels.npy")
+    assert again.accuracy is not None
+    assert again.accuracy.value > found.accuracy.value - 0.005
 
 
 def test_no_image_is_both_trained_on_and_tested(load: Load) -> None:
