@@ -124,10 +124,11 @@ def compile(
     request = parse_request(quantize, accuracy_budget, size_budget, calibration)
     options = parse_kv_cache(kv_cache)
     job = _Job(targets, verify, fallback, options, progress or (lambda _: None))
-    with bundle_writer(output) as (folder, finish):
+    with bundle_writer(output) as (folder, finish), _beside(folder) as waiting:
         job.say("reading the model")
         loaded = frontends.load(model, inputs, dynamic)
-        graph = loaded.graph
+        source, assets, graph = loaded.source, loaded.assets, loaded.graph
+        del loaded
         verify_graph(graph)
         in_a_file = isinstance(model, (str, Path)) and not str(model).startswith("python:")
         samples = _user_samples(graph, inputs, strict=in_a_file)
@@ -138,18 +139,19 @@ def compile(
         graph, reports = default_pipeline(targets[0].descriptor, options.carry).run(graph)
         _check_cache(graph, kv_cache, options)
         if request is not None:
-            tokenizer = loaded.assets.get("tokenizer.json")
+            # Layers are taken from there one at a time.
+            write_weights(graph, Path(waiting), keep_files=True)
+            tokenizer = assets.get("tokenizer.json")
             graph, more = quantize_graph(
                 graph, request, targets[0].descriptor, tokenizer=tokenizer, say=job.say
             )
             reports = [*reports, *more]
             reference = job.reference(lambda: verification.reference_for(graph, samples))
         job.say("writing the weights")
-        manifest = _describe(graph, {"model": loaded.source}, [r.to_json() for r in reports])
+        manifest = _describe(graph, {"model": source}, [r.to_json() for r in reports])
         if isinstance(reference, verification.Reference):
             manifest.samples = _write_samples(folder, reference.inputs)
-        _copy_assets(loaded.assets, folder)
-        del loaded
+        _copy_assets(assets, folder)
         graph, digests = _write_graph(graph, folder)
         if graph.state:
             manifest.state_digest = state_digest(graph)
@@ -394,6 +396,13 @@ def _describe(graph: Graph, source: Mapping[str, Any], passes: list[dict[str, An
 def _tensor_record(spec: TensorSpec) -> TensorRecord:
     return TensorRecord(
         **{**dataclasses.asdict(spec), "dims": None if spec.dims is None else list(spec.dims)}
+    )
+
+
+def _beside(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder for what need not stay in memory, on the disk that the bundle is written to."""
+    return tempfile.TemporaryDirectory(
+        prefix=".hal-", dir=folder.parent, ignore_cleanup_errors=True
     )
 
 
