@@ -13,6 +13,9 @@ import onnx_ir as ir
 
 from hal.passes.quantize.formats import Format
 
+_AT_ONCE = 4 << 20
+"""Weights that are compared at once."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
@@ -37,6 +40,21 @@ class Codes:
             values -= self.spread(self.zero.astype(np.float32))
         values *= self.spread(self.scale.astype(np.float32))
         return values
+
+    def rows(self, part: slice) -> Codes:
+        """Some of the rows."""
+        zero = None if self.zero is None else self.zero[part]
+        return Codes(self.format, self.codes[part], self.scale[part], zero)
+
+    def noise(self, matrix: np.ndarray) -> float:
+        """The sum of the squared differences from a float32 matrix ``[R, C]``."""
+        total, step = 0.0, max(1, _AT_ONCE // matrix.shape[1])
+        for start in range(0, len(matrix), step):
+            part = slice(start, start + step)
+            error = self.rows(part).dequantized()
+            np.subtract(matrix[part], error, out=error)
+            total += float(np.vdot(error, error))
+        return total
 
     def spread(self, by_block: np.ndarray) -> np.ndarray:
         """One value per block ``[R, G]`` as one per column ``[R, C]``."""

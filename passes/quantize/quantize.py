@@ -404,8 +404,7 @@ def _kept(layer: Layer, reason: str) -> LayerReport:
 def _report(
     layer: Layer, setting: Setting, weight: np.ndarray, codes: Codes, reason: str
 ) -> LayerReport:
-    error = weight - codes.dequantized()
-    noise = float(np.vdot(error, error))
+    noise = codes.noise(weight)
     signal = float(np.vdot(weight, weight))
     snr = 10 * np.log10(signal / noise) if noise and signal else None
     return LayerReport(
