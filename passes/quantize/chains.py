@@ -14,14 +14,17 @@ from collections.abc import Iterator, Sequence
 import onnx_ir as ir
 
 from hal.ir import Graph
-from hal.passes._edit import array, is_constant, is_op, single_use
+from hal.passes._edit import array, attribute, is_constant, is_op, single_use
 from hal.passes.quantize.layers import CONVOLUTIONS, Layer
 
 MOVES = (
-    "DepthToSpace", "Flatten", "Identity", "MaxPool", "Reshape", "Slice", "SpaceToDepth", "Split",
-    "Squeeze", "Transpose", "Unsqueeze",
+    "DepthToSpace", "Flatten", "Identity", "MaxPool", "Reshape", "Resize", "Slice", "SpaceToDepth",
+    "Split", "Squeeze", "Transpose", "Unsqueeze",
 )  # fmt: skip
-"""Ops that hand elements on as they are: what goes in and what comes out share their codes."""
+"""Ops that hand elements on as they are: what goes in and what comes out share their codes.
+
+``Resize`` only does so to the nearest neighbour.
+"""
 
 COMPUTES = (
     "Add", "AveragePool", "Concat", "GlobalAveragePool", "LeakyRelu", "Mul", "Relu", "Sigmoid",
@@ -135,6 +138,8 @@ def _forward(graph: Graph, heavy: dict[ir.Node, Layer]) -> set[ir.Node]:
 
 def _can_code(node: ir.Node) -> bool:
     if not is_op(node, *MOVES, *COMPUTES):
+        return False
+    if is_op(node, "Resize") and attribute(node, "mode", "nearest") != "nearest":
         return False
     if is_op(node, "MaxPool") and len(node.outputs) > 1 and node.outputs[1].uses():
         return False

@@ -30,7 +30,8 @@ def network(classes: int = 10) -> Graph:
     x = toy("Concat", conv(x, 16, inputs=32, limit="relu"), conv(x, 16, 1, inputs=32), axis=1)
     x = toy("Relu", conv(x, 64, inputs=32))
     flat = toy("Flatten", toy("ReduceMean", x, np.array([2, 3]), keepdims=1))
-    toy.output(toy("Add", toy("MatMul", flat, toy.weight(64, classes)), toy.weight(classes)), "y")
+    weight = toy.constant(0.3 * rng.standard_normal((64, classes)))
+    toy.output(toy("Add", toy("MatMul", flat, weight), toy.constant(np.ones(classes))), "y")
     return toy.graph()
 
 

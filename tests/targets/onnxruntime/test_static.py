@@ -85,6 +85,23 @@ def test_an_activation_function_of_its_own_has_an_integer_kernel(tmp_path: Path)
     assert error(changed, tmp_path, {"x": images(8, seed=1)}) < 0.05
 
 
+def test_codes_go_through_pools_and_to_the_nearest_neighbours(tmp_path: Path) -> None:
+    toy = Toy(x=["n", 3, 16, 16])
+    first = toy("Conv", toy.x, toy.weight(8, 3, 1, 1))
+    pooled = toy("AveragePool", first, kernel_shape=[2, 2], strides=[2, 2])
+    scales = np.array([1, 1, 2, 2], np.float32)
+    wide = toy("Resize", pooled, None, scales, mode="nearest")
+    smooth = toy("Resize", toy("Conv", wide, toy.weight(8, 8, 1, 1)), None, scales, mode="linear")
+    toy.output(toy("Conv", smooth, toy.weight(8, 8, 1, 1)), "y")
+    changed = quantized(toy.graph(), "w8a8", calibration())
+    found = kernels(changed, tmp_path)
+    assert found["QLinearAveragePool"] == 1
+    assert found["QLinearConv"] == 3
+    assert found["Resize"] == 2
+    assert found["QuantizeLinear"] == found["DequantizeLinear"] == 2  # around the linear one
+    assert error(changed, tmp_path, {"x": images(8, seed=1)}) < 0.05
+
+
 @pytest.mark.parametrize("recipe", ["w8a16", "w8a16,conv=w4a16", "w8a16,conv=w4a16-asym"])
 def test_weights_alone_become_floats_when_the_model_is_loaded(tmp_path: Path, recipe: str) -> None:
     toy = Toy(x=["n", 16, 8, 8])
