@@ -28,9 +28,9 @@ from hal.passes.quantize.calibration import Calibration, Statistics
 from hal.passes.quantize.experts import Routed, is_down
 from hal.passes.quantize.layers import Layer
 
-
 _CORRECTED = 8192
 """Tokens of the second walk. Corrections are damped and want fewer of them than Gram matrices."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
