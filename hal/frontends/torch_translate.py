@@ -110,7 +110,15 @@ def _translate(program: torch.export.ExportedProgram) -> ir.Model:
     # The optimizer renames an input that is also an output.
     for value, name in zip(model.graph.inputs, program_input_names(program), strict=True):
         value.name = name
-    return model
+    return _released(model)
+
+
+def _released(model: ir.Model) -> ir.Model:
+    """A copy on the same weights, and the given one without: the optimizer's rules hold on to it."""
+    copy = model.clone()
+    for value in model.graph.initializers.values():
+        value.const_value = None
+    return copy
 
 
 def _refuse_mutation(program: torch.export.ExportedProgram | None) -> None:
