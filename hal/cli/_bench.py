@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hal.cli._bench_compare import comparison, print_comparison, second_bundle
 from hal.cli._options import (
     BundlePath,
     Dims,
@@ -24,6 +25,7 @@ from hal.cli._options import (
     Threads,
     open_bundle,
     parse_dims,
+    path_of,
 )
 from hal.cli._output import (
     format_bytes,
@@ -74,11 +76,14 @@ class Samples:
 
 @dataclasses.dataclass
 class Figures:
-    """What came out for one target."""
+    """What came out for one target; ``resident`` is what the session added to the process."""
 
+    bundle: str
     target: str
     load_seconds: float
     memory: int | None
+    resident_at_load: dict[str, int] | None = None
+    resident: dict[str, int] | None = None
     cases: dict[Case, Samples] = dataclasses.field(default_factory=dict)
 
 
@@ -110,6 +115,21 @@ def bench_command(
             "--context", metavar="N,…", help="Tokens held before the prompt (language models). [0]"
         ),
     ] = None,
+    compare_float: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare-float",
+            metavar="FLOAT",
+            help="The bundle of the same model before it was quantized: does quantization gain?",
+            parser=path_of,
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against", metavar="OTHER", help="Another bundle to compare with.", parser=path_of
+        ),
+    ] = None,
     dim: Dims = None,
     seed: Seed = 0,
     threads: Threads = None,
@@ -118,21 +138,11 @@ def bench_command(
     """Measure builds of a bundle, in turns: latency, throughput, peak memory, load time.
 
     Of a language model: prompt and decoded tokens a second, for each context and prompt length.
+    Two bundles' builds for the same targets are compared with --compare-float or --against.
     """
-    from hal.runtime.session import find_build
-
     opened = open_bundle(bundle)
-    names = target or list(opened.targets)
-    if not names:
-        raise TargetError(
-            f"{bundle} has no builds", f"hal retarget {bundle} --target host -o OUT.hal"
-        )
-    for name in names:
-        if find_build(name, opened.targets) is None:
-            raise TargetError(
-                f"the bundle has no build for {name!r} (it has {', '.join(opened.targets)})",
-                f"add one: hal retarget {bundle} --target {name} -o OUT.hal",
-            )
+    other = second_bundle(opened, compare_float, against)
+    names = _targets(opened, target, other)
     extents = {"batch": 1, **parse_dims(dim or [])}
     steps = new_tokens or runs
     cases = _cases(
@@ -141,12 +151,46 @@ def bench_command(
     plan = Plan(rounds, steps, warmup, cases, seed, extents, threads or usable_cores())
     with progress(quiet=json) as say:
         say(f"measuring {', '.join(names)}")
-        figures = measure(bundle, names, plan)
+        paths = [bundle] if other is None else [bundle, other.path]
+        figures = measure([(path, name) for name in names for path in paths], plan)
     result = _result(opened, figures, plan)
+    if other is not None:
+        words = ("quantized", "float") if compare_float else (bundle.name, other.path.name)
+        result["comparison"] = comparison(figures, runs=plan.runs, words=words)
     if json:
         print_json(result)
     else:
         _print(result)
+
+
+def _targets(bundle: Bundle, asked: Sequence[str] | None, other: Bundle | None) -> list[str]:
+    """The builds to measure: those asked for, or all that every bundle has.
+
+    Raises:
+        TargetError: there is none, or one that was asked for is missing.
+    """
+    from hal.runtime.session import find_build
+
+    bundles = [bundle] if other is None else [bundle, other]
+    names = list(asked or bundle.targets)
+    if other is not None and not asked:
+        names = [name for name in names if find_build(name, other.targets) is not None]
+    for each in bundles:
+        if not names or not each.targets:
+            raise TargetError(
+                f"{each.path} has no builds"
+                if other is None
+                else "the bundles have no builds for the same target",
+                f"hal retarget {each.path} --target host -o OUT.hal",
+            )
+        for name in names:
+            if find_build(name, each.targets) is None:
+                raise TargetError(
+                    f"the bundle has no build for {name!r}"
+                    f" ({each.path.name} has {', '.join(each.targets)})",
+                    f"add one: hal retarget {each.path} --target {name} -o OUT.hal",
+                )
+    return names
 
 
 def _cases(
@@ -218,7 +262,13 @@ class Worker:
         except BaseException:
             self.close()
             raise
-        self.figures = Figures(loaded["target"], loaded["load_seconds"], loaded["memory"])
+        self.figures = Figures(
+            str(bundle),
+            loaded["target"],
+            loaded["load_seconds"],
+            loaded["memory"],
+            loaded["resident"],
+        )
 
     def round(self, plan: Plan, case: Case, runs: int, *, keep: bool = True) -> None:
         """Measure one round of a case; a warm-up round is not kept."""
@@ -232,7 +282,7 @@ class Worker:
                 "context": case.context,
             }
         )
-        self.figures.memory = answer["memory"]
+        self.figures.memory, self.figures.resident = answer["memory"], answer["resident"]
         if keep:
             samples = self.figures.cases.setdefault(case, Samples())
             samples.seconds += answer["seconds"]
@@ -273,15 +323,17 @@ class Worker:
             self._process.stdout.close()
 
 
-def measure(bundle: Path, targets: Sequence[str], plan: Plan) -> list[Figures]:
-    """Measure each target in its own process; rounds alternate, so drift hits all of them alike.
+def measure(builds: Sequence[tuple[Path, str]], plan: Plan) -> list[Figures]:
+    """Measure builds (bundle and target), each in its own process.
+
+    Rounds alternate, so drift hits all of them alike.
 
     Raises:
         HalError: a build cannot be loaded or run.
     """
     workers: list[Worker] = []
     try:
-        for target in targets:
+        for bundle, target in builds:
             workers.append(Worker(bundle, target, plan))
         for case in plan.cases:
             if plan.warmup:
@@ -332,9 +384,12 @@ def _target_result(figures: Figures, plan: Plan, generates: bool) -> dict[str, A
     batch = plan.extents["batch"]
     cases = [_case_result(c, s, batch, generates) for c, s in figures.cases.items()]
     result: dict[str, Any] = {
+        "bundle": figures.bundle,
         "target": figures.target,
         "load_seconds": figures.load_seconds,
         "peak_memory_bytes": figures.memory,
+        "resident_at_load": figures.resident_at_load,
+        "resident": figures.resident,
         **cases[0],
     }
     return {**result, "cases": cases} if generates else result
@@ -369,10 +424,12 @@ def _print(result: dict[str, Any]) -> None:
     else:
         columns = ["target", "p50", "p90", "p99", "items/s", "load", "peak memory"]
         rows = [
-            [item["target"], *_latencies(item), f"{item['per_second']:.1f}", *_loading(item)]
+            [_name(result, item), *_latencies(item), f"{item['per_second']:.1f}", *_loading(item)]
             for item in result["targets"]
         ]
         print_table(title, columns, rows)
+    if "comparison" in result:
+        print_comparison(result)
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     print_line(f"{machine['cpu']}, {machine['threads']} thread(s) of {machine['cores']} core(s)")
@@ -384,7 +441,7 @@ def _print_language_model(title: str, result: dict[str, Any]) -> None:
     columns += ["p50", "p90", "p99"]
     rows = [
         [
-            item["target"],
+            _name(result, item),
             case["context"],
             case["prompt_tokens"],
             f"{case['prefill_tokens_per_second']:.1f}",
@@ -395,8 +452,14 @@ def _print_language_model(title: str, result: dict[str, Any]) -> None:
         for case in item["cases"]
     ]
     print_table(title, columns, rows)
-    rows = [[item["target"], *_loading(item)] for item in result["targets"]]
+    rows = [[_name(result, item), *_loading(item)] for item in result["targets"]]
     print_table("", ["target", "load", "peak memory"], rows)
+
+
+def _name(result: dict[str, Any], item: dict[str, Any]) -> str:
+    """A row's target, and the bundle where there are two."""
+    target = str(item["target"])
+    return f"{target}, {Path(item['bundle']).name}" if "comparison" in result else target
 
 
 def _latencies(item: dict[str, Any]) -> list[str]:

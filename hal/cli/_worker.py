@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from hal.errors import HalError
@@ -22,10 +23,22 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Loaded:
-    """The session, and how many tokens of the context are at the front of its state."""
+    """A session, how much of its state is the context, and the memory there was before it.
+
+    ``context`` counts the tokens of the context at the front of the state.
+    """
 
     session: Session
     context: int = 0
+    before: Resident | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """Bytes of a process that are in memory: its own, and pages of files that it maps."""
+
+    anonymous: int
+    mapped: int
 
 
 def main() -> int:
@@ -56,13 +69,19 @@ def _send(stream: TextIO, answer: dict[str, Any]) -> None:
 def _load(request: dict[str, Any]) -> tuple[Loaded, dict[str, Any]]:
     import hal
     import hal.runtime.session  # imports are not part of the load time
+    from hal.targets import load_backend
 
+    bundle = hal.load(request["bundle"])
+    for name in {record.backend for record in bundle.manifest.builds.values()}:
+        load_backend(name)
+    before = resident_memory()
     start = time.perf_counter()
     bundle = hal.load(request["bundle"])
     session = bundle.session(request["target"], threads=request["threads"])
     seconds = time.perf_counter() - start
+    loaded = Loaded(session, before=before)
     facts = {"load_seconds": seconds, "target": session.target, "memory": peak_memory()}
-    return Loaded(session), facts
+    return loaded, {**facts, "resident": _grown(loaded)}
 
 
 def _measure(loaded: Loaded, request: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +90,7 @@ def _measure(loaded: Loaded, request: dict[str, Any]) -> dict[str, Any]:
         answer = _measure_decoding(loaded, request)
     else:
         answer = _measure_calls(loaded.session, request)
-    return {**answer, "memory": peak_memory()}
+    return {**answer, "memory": peak_memory(), "resident": _grown(loaded)}
 
 
 def _measure_calls(session: Session, request: dict[str, Any]) -> dict[str, Any]:
@@ -143,6 +162,27 @@ def _run_chunks(session: Session, ids: Any) -> Any:
         chunk = np.ascontiguousarray(ids[:, at : at + PREFILL_CHUNK], np.int64)
         logits = session.run({session.inputs[0].name: chunk}, logits="last")["logits"]
     return logits
+
+
+def resident_memory() -> Resident | None:
+    """What of this process is in memory now; None where the system does not say."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="ascii")
+        lines = dict(line.split(":", 1) for line in text.splitlines() if line.startswith("Rss"))
+        return Resident(*(int(lines[k].split()[0]) * 1024 for k in ("RssAnon", "RssFile")))
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _grown(loaded: Loaded) -> dict[str, int] | None:
+    """What the session has added to the process's memory so far."""
+    now, before = resident_memory(), loaded.before
+    if now is None or before is None:
+        return None
+    return {
+        "anonymous_bytes": max(0, now.anonymous - before.anonymous),
+        "mapped_bytes": max(0, now.mapped - before.mapped),
+    }
 
 
 def peak_memory() -> int | None:
