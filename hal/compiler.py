@@ -143,7 +143,12 @@ def compile(
             write_weights(graph, Path(waiting), keep_files=True)
             tokenizer = assets.get("tokenizer.json")
             graph, more = quantize_graph(
-                graph, request, targets[0].descriptor, tokenizer=tokenizer, say=job.say
+                graph,
+                request,
+                targets[0].descriptor,
+                targets=targets,
+                tokenizer=tokenizer,
+                say=job.say,
             )
             reports = [*reports, *more]
             reference = job.reference(lambda: verification.reference_for(graph, samples))

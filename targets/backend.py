@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from hal.descriptor import Descriptor, Route
 from hal.ir import Graph
+from hal.targets.reading import WeightReads
 
 HAL_API = "1"
 """Version of this contract. A backend that states another is refused with a clear message."""
@@ -127,6 +128,13 @@ class Backend(abc.ABC):
         Inputs, outputs and state keep their names. Called once, before claims are made.
         """
         return graph
+
+    def weights_read(self, graph: Graph) -> WeightReads | None:
+        """What a call of a graph that :meth:`legalize` returned reads of weights.
+
+        None where the backend cannot tell: nothing is predicted then.
+        """
+        return None
 
     @abc.abstractmethod
     def supports(self, node: ir.Node, descriptor: Descriptor) -> Verdict:

@@ -189,7 +189,7 @@ def _print_result(bundle: Bundle, seconds: float, explain: bool, as_json: bool) 
     if explain:
         print_passes(manifest.passes)
     print_quantization(manifest.metadata.get("quantization"), each=explain)
-    print_builds(manifest.builds)
+    print_builds(manifest.builds, manifest.metadata.get("quantization"))
     print_line(
         f"wrote {bundle.path} ({format_bytes(size)}) with {len(manifest.builds)} build(s) "
         f"in {format_seconds(seconds)}"

@@ -58,7 +58,7 @@ def inspect_command(
     _print_cache(facts["cache"])
     print_quantization(facts["quantization"], each=True)
     print_table("ops of the neutral graph", ("op", "count"), facts["ops"].items())
-    print_builds(builds)
+    print_builds(builds, facts["quantization"])
     if explain and facts.get("passes"):
         print_passes(facts["passes"])
 

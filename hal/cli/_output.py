@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+NOTE = "note: "
+
 
 def print_json(value: Any) -> None:
     """Print one JSON document on stdout."""
@@ -82,14 +84,30 @@ def format_seconds(seconds: float | None) -> str:
 
 @contextlib.contextmanager
 def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows what is being done: a spinner on a terminal, else nothing."""
+    """Yield a function that shows what is being done: a spinner on a terminal, else nothing.
+
+    Sentences that begin with ``note:`` stay on stderr, terminal or not.
+    """
     if quiet or not sys.stderr.isatty():
-        yield lambda sentence: None
+        yield lambda sentence: None if quiet else _stay(sentence)
         return
     from rich.console import Console
 
-    with Console(stderr=True).status("starting") as status:
-        yield lambda sentence: status.update(sentence)
+    with Console(stderr=True, highlight=False).status("starting") as status:
+
+        def show(sentence: str) -> None:
+            if sentence.startswith(NOTE):
+                status.console.print(sentence, markup=False)
+            else:
+                status.update(sentence)
+
+        yield show
+
+
+def _stay(sentence: str) -> None:
+    if sentence.startswith(NOTE):
+        sys.stderr.write(sentence + "\n")
+        sys.stderr.flush()
 
 
 def _cell(value: Any) -> str:

@@ -32,8 +32,10 @@ def print_passes(passes: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def print_builds(builds: Mapping[str, BuildRecord]) -> None:
-    """Where each build's nodes run, and how far it is from the reference."""
+def print_builds(
+    builds: Mapping[str, BuildRecord], quantization: Mapping[str, Any] | None = None
+) -> None:
+    """Where each build's nodes run, what it gains, and how far it is from the reference."""
     for name, record in builds.items():
         print_line(f"{name}: {record.placement.get('summary', '')}")
         for refused in record.placement.get("refused", []):
@@ -45,7 +47,27 @@ def print_builds(builds: Mapping[str, BuildRecord]) -> None:
         for segment in record.segments:
             for note in segment["record"].get("notes", []):
                 print_line(f"  {note}")
+        gain = gain_text(record, quantization)
+        if gain:
+            print_line(f"  {gain}")
         print_line(f"  {verification_text(record.verification)}")
+
+
+def gain_text(record: BuildRecord, quantization: Mapping[str, Any] | None) -> str:
+    """What a build reads of weights beside the float model; empty where it is not known."""
+    from hal.quantization.outlook import reading_text
+
+    read, facts = bytes_read(record), quantization or {}
+    floats, expected = facts.get("float_bytes_read"), facts.get("outlook") or [{}]
+    if read is None or not floats:
+        return ""
+    return reading_text(read, floats, expected[0].get("unit", "call"))
+
+
+def bytes_read(record: BuildRecord) -> int | None:
+    """Bytes of weights that a token or an example reads in a build, if its backends can tell."""
+    found = [segment["record"].get("bytes_read") for segment in record.segments]
+    return None if None in found else sum(found)
 
 
 def print_quantization(facts: Mapping[str, Any] | None, *, each: bool) -> None:
@@ -131,6 +153,7 @@ def build_json(record: BuildRecord) -> dict[str, Any]:
         "placement": record.placement,
         "cache": record.cache,
         "notes": [n for segment in record.segments for n in segment["record"].get("notes", [])],
+        "bytes_read": bytes_read(record),
         "toolchain": record.toolchain,
         "verification": record.verification,
     }

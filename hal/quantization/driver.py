@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,11 @@ from hal.passes.quantize.static import Kernels
 from hal.quantization.budget import Bound, parse_budget, parse_size
 from hal.quantization.data import load_calibration
 from hal.quantization.judge import Judge
+from hal.quantization.outlook import outlook
 from hal.quantization.plan import Plan, plan_of
 from hal.quantization.search import Found, Static, search
+from hal.targets import ResolvedTarget
+from hal.targets.reading import bytes_read
 
 AUTO = "auto"
 Say = Callable[[str], None]
@@ -98,12 +101,14 @@ def quantize_graph(
     request: Request,
     descriptor: Descriptor,
     *,
+    targets: Sequence[ResolvedTarget] = (),
     tokenizer: Path | None = None,
     folder: Path | None = None,
     say: Say = lambda _: None,
 ) -> tuple[Graph, list[PassReport]]:
     """Quantize a neutral graph.
 
+    What the ``targets`` gain is said before the long work, in sentences that begin with ``note:``.
     What was found and measured goes into ``graph.metadata["quantization"]``: the recipe, each
     layer's format and error, with data ``figures`` against the float graph, and with a budget the
     ``plan`` as TOML.
@@ -116,12 +121,19 @@ def quantize_graph(
     judge = None
     if request.calibration is not None:
         calibration = load_calibration(request.calibration, graph, tokenizer, folder)
+    kernels = integer_kernels(descriptor)
+    plan = request.plan or Plan(preferred(descriptor, calibration is not None))
+    expected = outlook(
+        graph, Quantize(plan.recipe, plan.layers, None, calibration, kernels), targets
+    )
+    for each in expected:
+        say(f"note: {each}")
+    float_bytes_read = bytes_read(graph.graph)
+    if calibration is not None:
         say("computing what the float model says")
         judge = Judge(graph, calibration.samples)
         if request.implied and graph.metadata.get("task") != "causal-lm":
             request = dataclasses.replace(request, bounds=parse_budget("cosine>=0.999"))
-    kernels = integer_kernels(descriptor)
-    plan = request.plan or Plan(preferred(descriptor, calibration is not None))
     found: Found | None = None
     if judge is not None and (request.bounds or request.size is not None):
         ladder = _ladder(plan.recipe, request.plan is None)
@@ -147,6 +159,8 @@ def quantize_graph(
     )
     result, reports = Pipeline("quantization", (step,)).run(graph)
     facts = result.metadata[METADATA_KEY]
+    facts["float_bytes_read"] = float_bytes_read
+    facts["outlook"] = [each.to_json() for each in expected]
     if judge is not None:
         say("measuring the quantized model")
         facts["figures"] = judge.graph(result)

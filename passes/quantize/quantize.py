@@ -102,7 +102,7 @@ class Quantize(Pass):
         before = graph.weight_bytes()
         turned = rotate(graph) if self._turns() else None
         layers = find_layers(graph)
-        chosen = self._choose(layers, turned)
+        chosen = self.choose(layers, turned)
         work = _Work(graph, self, len(chosen))
         looking: dict[str, tuple[Layer, Setting, str]] = {}
         static: list[tuple[Layer, Setting]] = []
@@ -174,9 +174,14 @@ class Quantize(Pass):
             work.take(layer, setting, weights[layer.name], applied.codes[layer.name])
         return {"static": applied.facts}
 
-    def _choose(
-        self, layers: list[Layer], turned: Turned | None
+    def choose(
+        self, layers: list[Layer], turned: Turned | None = None
     ) -> list[tuple[Layer, Setting | None, str]]:
+        """Each layer's setting, None for float, and why it does not get what was asked for.
+
+        Raises:
+            InputError: a setting names no layer, nothing is to be quantized, or data is missing.
+        """
         names = {layer.name for layer in layers}
         for name in self.settings:
             if name not in names:

@@ -18,11 +18,12 @@ from hal.ir.ops import ensure_functions
 from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
 from hal.targets.onnxruntime.kernels import kernel_table
 from hal.targets.onnxruntime.legalize import assess, legalize, uncovered
-from hal.targets.onnxruntime.notes import notes
+from hal.targets.onnxruntime.notes import weights_read
 from hal.targets.onnxruntime.packing import Repacking, repacks_at_load, token_input
 from hal.targets.onnxruntime.session import NO_REPACKING, OnnxRuntimeExecutable, open_session
 from hal.targets.onnxruntime.static import expanded_bytes
 from hal.targets.onnxruntime.weights import externalize, relocate, weight_files
+from hal.targets.reading import WeightReads
 
 _MODEL = "model.onnx"
 _IR_VERSION = 13
@@ -59,6 +60,10 @@ class OnnxRuntimeBackend(Backend):
         """Choose the operator-set version, cast around missing dtypes, inline missing ops."""
         return legalize(graph)
 
+    def weights_read(self, graph: Graph) -> WeightReads:
+        """Counted on the kernels' own containers."""
+        return weights_read(graph.model)
+
     def supports(self, node: ir.Node, descriptor: Descriptor) -> Verdict:
         """Claim what has a kernel, or a body all of whose nodes have one."""
         opsets = _opsets(node)
@@ -83,7 +88,7 @@ class OnnxRuntimeBackend(Backend):
                 f"(node {node.name!r}): {reason}",
                 "choose another target, or replace the op in the model",
             )
-        remarks = notes(legal.model)
+        reads = weights_read(legal.model)
         prepack = repacks_at_load(legal)
         repacked = externalize(legal, context.folder, context.bundle)
         legal.model.ir_version = _IR_VERSION
@@ -97,7 +102,8 @@ class OnnxRuntimeBackend(Backend):
             "repack_for": "" if prepack else token_input(legal),
             "in_place": in_place(legal),
             "fold_bytes": expanded_bytes(legal.model),
-            "notes": remarks,
+            "notes": reads.notes,
+            "bytes_read": reads.bytes,
         }
 
     def load(self, record: Mapping[str, Any], context: LoadContext) -> Executable:

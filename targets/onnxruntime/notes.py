@@ -8,36 +8,54 @@ import onnx_ir as ir
 
 from hal.targets.onnxruntime.quantized import STORED_KEY
 from hal.targets.onnxruntime.static import EXPANDED_KEY, runs_on_codes
+from hal.targets.reading import WeightReads, bytes_read, decodes, float_bytes, part_of_experts
 
-_WEIGHT = 4096
+_LOADED = (
+    "weights of convolutions have no kernel that reads their codes: they are expanded to floats"
+    " when the model is loaded, which is as fast as floats, not faster"
+)
+_IN_EACH_CALL = (
+    "weights have no kernel that reads their codes: each call expands them to floats, which is"
+    " slower than not to quantize them"
+)
 
 
-def notes(model: ir.Model) -> list[str]:
-    """Sentences about weights that are not stored, or not read, as the neutral graph has them."""
-    wider = collections.Counter(
-        node.metadata_props[STORED_KEY] for node in model.graph if STORED_KEY in node.metadata_props
+def weights_read(model: ir.Model) -> WeightReads:
+    """Of a legalized model: what a call reads, and what is not stored or read as it was."""
+    stored = (node.metadata_props.get(STORED_KEY) for node in model.graph)
+    reasons = collections.Counter(
+        f"weights: {text}, which is what has a kernel" for text in stored if text
     )
-    found = [
-        f"{count} weights: {text}, which is what has a kernel" for text, count in wider.items()
-    ]
-    expanded = [
-        node
-        for node in model.graph
-        if node.op_type == "DequantizeLinear"
-        and node.inputs[0] is not None
-        and node.inputs[0].const_value is not None
-        and node.inputs[0].const_value.size >= _WEIGHT
-        and not runs_on_codes(node)
-    ]
-    loaded = sum(EXPANDED_KEY in node.metadata_props for node in model.graph)
-    if loaded:
-        found.append(
-            f"{loaded} weights of convolutions have no kernel that reads their codes: they are"
-            " expanded to floats when the model is loaded, which is as fast as floats, not faster"
-        )
+    made = [node for node in model.graph if EXPANDED_KEY in node.metadata_props]
+    if made:
+        reasons[_LOADED] = len(made)
+    expanded = [node for node in model.graph if decodes(node) and not runs_on_codes(node)]
     if expanded:
-        found.append(
-            f"{len(expanded)} weights have no kernel that reads their codes: each call expands them"
-            " to floats, which is slower than not to quantize them"
-        )
+        reasons[_IN_EACH_CALL] = len(expanded)
+    once = _ancestors(made)
+    total = bytes_read(
+        model.graph,
+        lambda node, index: 0.0 if node in once else _share(node, index),
+        lambda node: not runs_on_codes(node),
+    )
+    return WeightReads(total + sum(float_bytes(node) for node in made), dict(reasons))
+
+
+def _share(node: ir.Node, index: int) -> float | None:
+    if node.op_type == "GatherBlockQuantized":
+        return 0.0
+    if node.op_type in ("MoE", "QMoE"):
+        return part_of_experts(node, index, node.attributes.get_int("k", 0))
+    return None
+
+
+def _ancestors(nodes: list[ir.Node]) -> set[ir.Node]:
+    """The nodes, and those whose results they are made of."""
+    found: set[ir.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        found.add(node)
+        makers = (value.producer() for value in node.inputs if value is not None)
+        todo += [maker for maker in makers if maker is not None and maker not in found]
     return found

@@ -25,7 +25,8 @@ from hal.ir import Graph
 from hal.ir.cache_plan import in_place
 from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
 from hal.targets.detect import usable_cores
-from hal.targets.tvm.notes import notes
+from hal.targets.reading import WeightReads
+from hal.targets.tvm.notes import weights_read
 
 if TYPE_CHECKING:
     from hal.targets.tvm.lowering import Shaping
@@ -81,6 +82,10 @@ class TvmBackend(Backend):
 
         return legalize(graph, _shaping(descriptor))
 
+    def weights_read(self, graph: Graph) -> WeightReads:
+        """Counted on the weights as the kernels have them packed."""
+        return weights_read(graph.graph)
+
     def supports(self, node: ir.Node, descriptor: Descriptor) -> Verdict:
         """Claim a node if a dry run of the lowering converts it in its graph."""
         _require_tvm()
@@ -110,6 +115,7 @@ class TvmBackend(Backend):
         lowered = lower(graph, shaping)
         library = compile_module(lowered.module, route.target, shaping.lanes)
         export(library, context.folder / LIBRARY, route.cross_compiler)
+        reads = weights_read(graph.graph)
         weights = record_weights(lowered.weights, context.folder)
         return {
             "library": LIBRARY,
@@ -118,7 +124,8 @@ class TvmBackend(Backend):
             "in_place": in_place(graph),
             "single": [list(place) for place in lowered.single],
             "weights": [dataclasses.asdict(w) for w in weights],
-            "notes": notes(graph.graph),
+            "notes": reads.notes,
+            "bytes_read": reads.bytes,
             "tvm": importlib.metadata.version("apache-tvm"),
         }
 

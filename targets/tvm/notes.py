@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-_WEIGHT = 4096
+from hal.targets.reading import WeightReads, bytes_read, decodes
+
+_IN_EACH_CALL = (
+    "weights have no kernel that reads their codes: each call expands them to floats, and their"
+    " layers compute on floats, which is no faster than not to quantize them"
+)
 
 
-def notes(graph: ir.Graph) -> list[str]:
-    """Sentences about codes in a legalized graph that no kernel reads as they are."""
-    decoded = [
-        node
-        for node in graph
-        if node.op_type == "DequantizeLinear"
-        and node.inputs[0] is not None
-        and node.inputs[0].const_value is not None
-        and node.inputs[0].const_value.size >= _WEIGHT
-    ]
-    if not decoded:
-        return []
-    return [
-        f"{len(decoded)} weights have no kernel that reads their codes: each call expands them to"
-        " floats, and their layers compute on floats, which is no faster than not to quantize them"
-    ]
+def weights_read(graph: ir.Graph) -> WeightReads:
+    """Of a legalized graph: what a call reads, and codes that no kernel reads as they are."""
+    count = sum(decodes(node) for node in graph)
+    total = bytes_read(graph, lambda node, _: 0.0 if node.op_type == "QuantizedGather" else None)
+    return WeightReads(total, {_IN_EACH_CALL: count} if count else {})
 
 
-__all__ = ["notes"]
+__all__ = ["weights_read"]

@@ -80,6 +80,23 @@ def test_codes_that_are_stored_wider_are_told(hal_command: Hal, toy: Path, tmp_p
     options = ("-t", "host:onnxruntime", "-o", tmp_path / "q.hal", "--quantize", "w3a16")
     result = hal_command("compile", toy, *options)
     assert "3-bit codes in 4 bits" in result.out
+    assert "note: host:onnxruntime: reads " in result.err
+
+
+def test_what_a_target_gains_is_in_the_report(hal_command: Hal, toy: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "q.hal"
+    options = ("-t", "host:onnxruntime", "-o", bundle, "--no-verify", "--quantize")
+    facts = hal_command("compile", toy, *options, "w4a16", "--json").json
+    (expected,) = facts["quantization"]["outlook"]
+    read = facts["builds"]["host:onnxruntime"]["bytes_read"]
+    assert read == pytest.approx(expected["bytes"], rel=0.02)
+    assert read < expected["float_bytes"] / 2
+    shown = hal_command("inspect", bundle)
+    assert "times faster where memory is the limit" in shown.out
+    bundle.unlink()
+    result = hal_command("compile", toy, *options, "fp8")
+    assert "(linear, head) has no kernel of its own, no gain expected from it" in result.err
+    assert "no gain in speed expected" in result.out
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hal.ir.evaluate import evaluate
 from hal.passes.base import Pipeline
 from hal.passes.quantize import Quantize, parse_recipe
 from hal.targets.onnxruntime.legalize import legalize
-from hal.targets.onnxruntime.notes import notes
+from hal.targets.onnxruntime.notes import weights_read
 from tests.passes.quantize.toy import language_model
 from tests.passes.toys import Toy
 from tests.targets.onnxruntime.support import executable, parse
@@ -61,12 +61,12 @@ def test_floats_of_eight_bits_are_widened_for_products_and_looked_up_packed(
     assert counts["Transpose"] == 0
     floats = [v for v in legal.graph.initializers.values() if (v.name or "").endswith("/floats")]
     assert not floats
-    assert any("8-bit float codes as floats" in text for text in notes(legal.model))
+    assert any("8-bit float codes as floats" in text for text in weights_read(legal.model).notes)
     assert error(graph, tmp_path, IDS, "logits") < 1e-5
 
 
 def test_floats_of_four_bits_say_what_they_are_stored_in() -> None:
-    (text,) = notes(legalize(quantized(language_model(), "mxfp4a8,head=float")).model)
+    (text,) = weights_read(legalize(quantized(language_model(), "mxfp4a8,head=float")).model).notes
     assert "4-bit float codes in 8 bits" in text
 
 
