@@ -326,7 +326,7 @@ class Worker:
 def measure(builds: Sequence[tuple[Path, str]], plan: Plan) -> list[Figures]:
     """Measure builds (bundle and target), each in its own process.
 
-    Rounds alternate, so drift hits all of them alike.
+    All have their turn in every round, each second time in reverse, so drift hits them alike.
 
     Raises:
         HalError: a build cannot be loaded or run.
@@ -339,8 +339,8 @@ def measure(builds: Sequence[tuple[Path, str]], plan: Plan) -> list[Figures]:
             if plan.warmup:
                 for worker in workers:
                     worker.round(plan, case, plan.warmup, keep=False)
-            for _ in range(plan.rounds):
-                for worker in workers:
+            for turn in range(plan.rounds):
+                for worker in reversed(workers) if turn % 2 else workers:
                     worker.round(plan, case, plan.runs)
         return [worker.figures for worker in workers]
     finally:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hal.bundle import Bundle
     from hal.cli._bench import Case, Figures, Samples
 
-_SAME = 0.02
+_SAME = 0.05
 """Medians that differ by less are not called faster or slower."""
 
 

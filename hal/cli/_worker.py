@@ -7,6 +7,7 @@ JSON line on stdout; see :class:`hal.cli._bench.Worker` for the other side.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from hal.errors import HalError
 
 if TYPE_CHECKING:
+    from hal.bundle import Bundle
     from hal.runtime.session import Session
 
 
@@ -68,12 +70,9 @@ def _send(stream: TextIO, answer: dict[str, Any]) -> None:
 
 def _load(request: dict[str, Any]) -> tuple[Loaded, dict[str, Any]]:
     import hal
-    import hal.runtime.session  # imports are not part of the load time
-    from hal.targets import load_backend
+    import hal.runtime.session
 
-    bundle = hal.load(request["bundle"])
-    for name in {record.backend for record in bundle.manifest.builds.values()}:
-        load_backend(name)
+    _bring_in_libraries(hal.load(request["bundle"]), request["target"])
     before = resident_memory()
     start = time.perf_counter()
     bundle = hal.load(request["bundle"])
@@ -82,6 +81,17 @@ def _load(request: dict[str, Any]) -> tuple[Loaded, dict[str, Any]]:
     loaded = Loaded(session, before=before)
     facts = {"load_seconds": seconds, "target": session.target, "memory": peak_memory()}
     return loaded, {**facts, "resident": _grown(loaded)}
+
+
+def _bring_in_libraries(bundle: Bundle, target: str) -> None:
+    """Import what runs a build: that is no part of its load time, nor of its memory."""
+    from hal.runtime.session import find_build
+    from hal.targets import load_backend, resolve
+
+    name = find_build(target, bundle.targets)
+    with contextlib.suppress(HalError):  # told when the build is loaded
+        route = resolve(name or target).route
+        load_backend(route.backend).check_route(route)
 
 
 def _measure(loaded: Loaded, request: dict[str, Any]) -> dict[str, Any]:
