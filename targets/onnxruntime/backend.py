@@ -18,7 +18,7 @@ from hal.ir.ops import ensure_functions
 from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
 from hal.targets.onnxruntime.kernels import kernel_table
 from hal.targets.onnxruntime.legalize import assess, legalize, uncovered
-from hal.targets.onnxruntime.notes import weights_read
+from hal.targets.onnxruntime.notes import cache_notes, weights_read
 from hal.targets.onnxruntime.packing import Repacking, repacks_at_load, token_input
 from hal.targets.onnxruntime.session import NO_REPACKING, OnnxRuntimeExecutable, open_session
 from hal.targets.onnxruntime.static import expanded_bytes
@@ -102,7 +102,7 @@ class OnnxRuntimeBackend(Backend):
             "repack_for": "" if prepack else token_input(legal),
             "in_place": in_place(legal),
             "fold_bytes": expanded_bytes(legal.model),
-            "notes": reads.notes,
+            "notes": [*reads.notes, *cache_notes(graph, legal)],
             "bytes_read": reads.bytes,
         }
 

@@ -1,4 +1,4 @@
-"""What a user should know about the weights of a build."""
+"""What a user should know about the weights and the state of a build."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import collections
 
 import onnx_ir as ir
 
-from hal.targets.onnxruntime.quantized import STORED_KEY
+from hal.ir import Graph
+from hal.ir.cache_plan import FIXED_KEY, plan_of
+from hal.targets.onnxruntime.quantized import STORED_KEY, is_upper_half
 from hal.targets.onnxruntime.static import EXPANDED_KEY, runs_on_codes
 from hal.targets.reading import WeightReads, bytes_read, decodes, float_bytes, part_of_experts
 
 _LOADED = (
     "weights of convolutions have no kernel that reads their codes: they are expanded to floats"
     " when the model is loaded, which is as fast as floats, not faster"
+)
+_TWO_PRODUCTS = (
+    "weights: 8-bit codes as two products of 4 bits, which is exact and small, but so much arithmetic"
+    " that few cores may be slower than with floats; where activations have 8 bits as well (w8a8),"
+    " one kernel reads the codes"
 )
 _IN_EACH_CALL = (
     "weights have no kernel that reads their codes: each call expands them to floats, which is"
@@ -26,6 +33,9 @@ def weights_read(model: ir.Model) -> WeightReads:
     reasons = collections.Counter(
         f"weights: {text}, which is what has a kernel" for text in stored if text
     )
+    halves = sum(is_upper_half(node) for node in model.graph)
+    if halves:
+        reasons[_TWO_PRODUCTS] = halves
     made = [node for node in model.graph if EXPANDED_KEY in node.metadata_props]
     if made:
         reasons[_LOADED] = len(made)
@@ -39,6 +49,16 @@ def weights_read(model: ir.Model) -> WeightReads:
         lambda node: not runs_on_codes(node),
     )
     return WeightReads(total + sum(float_bytes(node) for node in made), dict(reasons))
+
+
+def cache_notes(graph: Graph, legal: Graph) -> list[str]:
+    """What a step does to the state besides reading it, of ``graph`` and what it was made into."""
+    if plan_of(graph) is None or legal.metadata.get(FIXED_KEY):
+        return []
+    return [
+        "attention has no kernel that reads pages or codes: each step gathers the cache into one"
+        " piece; the contiguous layout is read in place"
+    ]
 
 
 def _share(node: ir.Node, index: int) -> float | None:

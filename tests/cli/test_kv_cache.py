@@ -45,8 +45,11 @@ def test_retarget_changes_how_the_cache_is_carried_but_not_what(
     other = tmp_path / "other.hal"
     result = hal_command("retarget", bundle, *start, other, "--kv-cache", "paged,int8")
     assert result.code == 0, result.err
-    cache = hal.load(other).manifest.builds["host:onnxruntime"].cache
-    assert (cache["layout"], cache["bits"]) == ("paged", 8)
+    build = hal.load(other).manifest.builds["host:onnxruntime"]
+    assert (build.cache["layout"], build.cache["bits"]) == ("paged", 8)
+    # Its attention reads contiguous floats only, and the build says what that costs.
+    notes = " ".join(note for s in build.segments for note in s["record"]["notes"])
+    assert "each step gathers the cache" in notes
     for words, message in (("latent", "was decided when it was compiled"), ("", "unknown value")):
         result = hal_command("retarget", bundle, *start, other, "--kv-cache", words)
         assert result.code == 2
