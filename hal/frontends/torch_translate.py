@@ -114,7 +114,7 @@ def _translate(program: torch.export.ExportedProgram) -> ir.Model:
 
 
 def _released(model: ir.Model) -> ir.Model:
-    """A copy on the same weights, and the given one without: the optimizer's rules hold on to it."""
+    """A copy with the weights; the given one, which the optimizer's rules hold on to, loses them."""
     copy = model.clone()
     for value in model.graph.initializers.values():
         value.const_value = None
