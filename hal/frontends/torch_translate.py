@@ -114,7 +114,7 @@ def _translate(program: torch.export.ExportedProgram) -> ir.Model:
 
 
 def _released(model: ir.Model) -> ir.Model:
-    """A copy with the weights; the given one, which the optimizer's rules hold on to, loses them."""
+    """A copy with the weights; the given one, which the optimizer's rules keep, loses them."""
     copy = model.clone()
     for value in model.graph.initializers.values():
         value.const_value = None
