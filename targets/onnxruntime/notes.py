@@ -17,9 +17,8 @@ _LOADED = (
     " when the model is loaded, which is as fast as floats, not faster"
 )
 _TWO_PRODUCTS = (
-    "weights: 8-bit codes as two products of 4 bits, which is exact and small, but so much arithmetic"
-    " that few cores may be slower than with floats; where activations have 8 bits as well (w8a8),"
-    " one kernel reads the codes"
+    "weights: 8-bit codes as two products of 4 bits, which is exact and small, but more arithmetic:"
+    " few cores can be slower than with floats, unless activations have 8 bits as well (w8a8)"
 )
 _IN_EACH_CALL = (
     "weights have no kernel that reads their codes: each call expands them to floats, which is"

@@ -255,6 +255,12 @@ def _planes(blocks: Blocks, rounded: bool) -> list[_Plane]:
     return [_Plane(4)]
 
 
+def is_upper_half(node: ir.Node) -> bool:
+    """Whether a node is the first of the two products that 8-bit codes became."""
+    codes = node.inputs[1] if node.op_type == "MatMulNBits" else None
+    return codes is not None and "/high/" in (codes.name or "")
+
+
 class _Made:
     """New initializers, each made once for all that read it."""
 

@@ -104,3 +104,10 @@ def test_experts_stay_packed_where_the_kernel_keeps_the_activations(
         "i": np.stack([rng.permutation(6)[:2] for _ in range(5)]),
     }
     assert error(graph, tmp_path, given, "y") < 1e-5
+
+
+def test_two_products_for_one_are_told() -> None:
+    legal = legalize(quantized(language_model(), "w8a16"))
+    (text,) = weights_read(legal.model).notes
+    assert text.startswith("3 weights: 8-bit codes as two products of 4 bits")
+    assert not weights_read(legalize(quantized(language_model(), "w8a8")).model).notes
