@@ -5,9 +5,10 @@
     python quantization_nncf.py FOLDER
 
 FOLDER holds ``model.onnx`` (``input_ids [1, window]`` to ``logits``), ``calibration.npy`` and
-``windows.npy`` (token ids ``[rows, window]``), and ``done.json``: what to leave out. For each variant
-a line of JSON is printed, and its logits on the windows, float32 ``[rows, window, vocab]``, are
-written to ``logits.npy``; a line on standard input asks for the next. The float model comes first.
+``windows.npy`` (token ids ``[rows, window]``), and ``done.json``: what to leave out. For each
+variant a line of JSON is printed, and its logits on the windows, float32 ``[rows, window, vocab]``,
+are written to ``logits.npy``; a line on standard input asks for the next. The float model comes
+first.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ FORMATS: dict[str, tuple[str, int | None, tuple[dict[str, Any], ...]]] = {
     "int8_asym-channel": ("INT8_ASYM", None, (PLAIN,)),
     "int4_sym-g32": ("INT4_SYM", 32, (PLAIN, AWQ, SCALES, BOTH, GPTQ, ALL)),
     "int4_asym-g32": ("INT4_ASYM", 32, (PLAIN, AWQ, SCALES, BOTH, GPTQ, ALL)),
-    "int4_sym-g64": ("INT4_SYM", 64, (PLAIN, BOTH)),
+    "int4_sym-g64": ("INT4_SYM", 64, (PLAIN, BOTH, GPTQ)),
     "int4_asym-g64": ("INT4_ASYM", 64, (PLAIN, BOTH, GPTQ)),
     "nf4-g32": ("NF4", 32, (PLAIN, BOTH)),
     "mxfp4-g32": ("MXFP4", 32, (PLAIN, AWQ)),
