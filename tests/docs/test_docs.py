@@ -32,6 +32,7 @@ NOT_RUN = {
     "reference_text.py",
     "training.py",
     "train_digits.py",  # run in tests/examples
+    "train_ternary.py",  # the same
     "compare_embeddings.py",
 }
 EXAMPLES = sorted({p.name for p in (ROOT / "examples").glob("*.py")} - NOT_RUN)
