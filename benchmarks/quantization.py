@@ -26,7 +26,6 @@ import logging
 import os
 import platform
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,8 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "w4a16-g16": ("rtn", "gptq"),
     "w4a16": ("rtn", "hqq", "awq", "gptq", "gptq+rotate"),
     "w4a16-asym": ("rtn", "hqq", "awq", "gptq"),
-    "w4a16-g64": ("rtn", "gptq"),
+    "w4a16-g64": ("rtn", "gptq", "gptq+rotate"),
+    "w4a16-g64-asym": ("rtn", "gptq", "gptq+rotate"),
     "w4a16-channel": ("rtn", "gptq", "gptq+rotate"),
     "w4a8": ("rtn", "smooth", "gptq"),
     "mxfp4": ("rtn", "gptq"),
@@ -155,7 +155,6 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("onnx_ir").setLevel(logging.WARNING)
     console = Console()
-    start = time.perf_counter()
     versions = {
         "hal": hal.__version__, "onnxruntime": ort.__version__, "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -165,7 +164,6 @@ def main() -> None:
     digits = cnn.accuracy(options.digits) if options.digits else []
     result = {
         "date": datetime.date.today().isoformat(),
-        "seconds": round(time.perf_counter() - start),
         "machine": machine(),
         "versions": versions,
         "language": {**facts, "rows": [dataclasses.asdict(r) for r in rows]},

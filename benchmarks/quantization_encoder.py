@@ -103,12 +103,14 @@ class Encoder:
         """The same of ONNX Runtime's quantizers."""
         legal = legalize(self.graph)
         model = ir.to_proto(legal.model)
-        weights = {x.weight.name for x in find_layers(legal) if x.kind == "linear"}
+        layers = find_layers(legal)
+        weights = {x.weight.name for x in layers if x.kind == "linear"}
+        rest = [n.name for x in layers if x.kind != "linear" for n in x.products]
         for bits, block, symmetric, method in NBITS:
             copy = onnx.ModelProto()
             copy.CopyFrom(model)
             start = time.perf_counter()
-            made = matmul_nbits(copy, bits, block, symmetric, method, (), ())
+            made = matmul_nbits(copy, bits, block, symmetric, method, rest, ())
             seconds = time.perf_counter() - start
             name = f"{bits} bits-g{block}-{'sym' if symmetric else 'asym'}"
             yield (
@@ -124,7 +126,8 @@ class Encoder:
             onnx.save(model, source)
             start = time.perf_counter()
             quantize_dynamic(
-                source, result, op_types_to_quantize=["MatMul"], per_channel=True,
+                source, result, op_types_to_quantize=["MatMul"], nodes_to_exclude=rest,
+                per_channel=True,
                 weight_type=QuantType.QInt8,
             )  # fmt: skip
             seconds = time.perf_counter() - start
