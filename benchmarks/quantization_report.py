@@ -38,7 +38,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 _EQUAL = (
     "For each size at which others get better: the best of them, and the best of hal in no more "
-    "bits."
+    "bits; KL in nats with its 95 % interval. Where the intervals overlap, the ratio has a ~."
 )
 _METHODS = "KL in nats / top-1 agreement / perplexity ratio. Bold: the lowest KL of a row."
 _ENCODER = (
@@ -154,7 +154,7 @@ def _pairs(ours: Rows, peers: Rows) -> list[tuple[dict[str, Any], dict[str, Any]
 def _equal(ours: Rows, peers: Rows) -> str:
     lines = []
     for peer, own in reversed(_pairs(ours, peers)):
-        left, right = _figures(peer), _figures(own) if own else "none"
+        left, right = _interval(peer), _interval(own) if own else "none"
         if own and own["kl"] <= peer["kl"]:
             right = f"**{right}**"
         else:
@@ -163,7 +163,7 @@ def _equal(ours: Rows, peers: Rows) -> str:
             [
                 f"{peer['bits']:.2f}", _name(peer), left,
                 f"`{own['format']}:{own['method']}` ({own['bits']:.2f})" if own else "", right,
-                f"{own['kl'] / peer['kl']:.2f}" if own else "",
+                ("" if _apart(own, peer) else "~") + f"{own['kl'] / peer['kl']:.2f}" if own else "",
             ]
         )  # fmt: skip
     head = (
@@ -175,6 +175,17 @@ def _equal(ours: Rows, peers: Rows) -> str:
         "KL ratio",
     )
     return _table(head, lines)
+
+
+def _interval(row: dict[str, Any]) -> str:
+    around = f" ({_kl(row['kl_low'])} to {_kl(row['kl_high'])})" if row["kl_low"] else ""
+    return f"{_kl(row['kl'])}{around} / {row['top1']:.2%} / {row['perplexity']:.4f}"
+
+
+def _apart(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """The intervals do not overlap."""
+    first, second = sorted((a, b), key=lambda r: r["kl"])
+    return (first["kl_high"] or first["kl"]) < (second["kl_low"] or second["kl"])
 
 
 def _figures(row: dict[str, Any]) -> str:
