@@ -18,7 +18,7 @@ def markdown(result: dict[str, Any]) -> str:
     ours = [r for r in rows if r["who"] == "hal"]
     peers = [r for r in rows if r["who"] != "hal"]
     failed = [r for r in result["language"]["rows"] if r["note"]]
-    parts = [_facts(result)]
+    parts = [_facts(result), *([result["note"]] if result.get("note") else [])]
     if ours and peers:
         parts += ["## Goals", _goals(ours, peers), "## At equal size", _EQUAL, _equal(ours, peers)]
     parts += ["## hal: every format and method", _METHODS, _grid(ours)]
