@@ -14,6 +14,7 @@ the rounding of `hal compile --quantize ternary` changes nothing.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +28,7 @@ from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.nn.utils import parametrize
 from train_demo_model import Recipe
-from training import Budget, Schedule, make_optimizer, progress_columns, save
+from training import Budget, Schedule, make_optimizer, progress_columns, save, training_step
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hal
@@ -114,29 +115,20 @@ def score(
     return Score(math.exp(nats / count), kl / count)
 
 
-def step(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    batch: torch.Tensor,
-    schedule: Schedule,
-    done: float,
-) -> float:
-    """One step towards the teacher on token ids `[rows, tokens]`; returns the KL in nats."""
-    for group in optimizer.param_groups:
-        group["lr"] = schedule.learning_rate(done)
-    model.train()
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        theirs = log_softmax(teacher(input_ids=batch, use_cache=False).logits.float(), -1)
-    with torch.autocast("cpu", dtype=torch.bfloat16), parametrize.cached():
-        own = log_softmax(model(input_ids=batch, use_cache=False).logits.float(), -1)
-        loss = kl_div(own.flatten(0, 1), theirs.flatten(0, 1), reduction="batchmean",
+def towards(
+    teacher: PreTrainedModel, model: PreTrainedModel
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The loss of `model` on a batch: its KL divergence from the teacher, nats per token."""
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            theirs = log_softmax(teacher(input_ids=batch, use_cache=False).logits.float(), -1)
+        with parametrize.cached():
+            own = log_softmax(model(input_ids=batch, use_cache=False).logits.float(), -1)
+        return kl_div(own.flatten(0, 1), theirs.flatten(0, 1), reduction="batchmean",
                       log_target=True)  # fmt: skip
-        loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.gradient_clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    return float(loss.item())
+
+    return loss
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -155,13 +147,14 @@ def train(
 ) -> int:
     """Fine-tune `model` in place until `budget` is used up; returns the steps made."""
     schedule = Schedule(peak_learning_rate=peak, weight_decay=0.0)
-    optimizer = make_optimizer(model, schedule)
+    optimizer, loss = make_optimizer(model, schedule), towards(teacher, model)
     steps, started, shown = 0, time.monotonic(), math.nan
     columns = progress_columns("KL {task.fields[kl]:.4f}")
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("train", total=1.0, step=0, kl=shown)
         while (done := budget.done(steps, time.monotonic() - started)) < 1.0:
-            kl = step(model, teacher, optimizer, text.batch(finishing=False), schedule, done)
+            batch = text.batch(finishing=False)
+            kl = training_step(model, optimizer, batch, schedule, done, loss)
             shown = kl if math.isnan(shown) else 0.95 * shown + 0.05 * kl
             steps += 1
             progress.update(bar, completed=done, step=steps, kl=shown)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,13 +119,20 @@ def training_step(
     batch: torch.Tensor,
     schedule: Schedule,
     done: float,
+    loss_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> float:
-    """One optimiser step on token ids `[rows, tokens]`; returns the loss in nats per token."""
+    """One optimiser step on token ids `[rows, tokens]`; returns the loss in nats per token.
+
+    The loss is that of the next token, or what `loss_of` makes of the batch.
+    """
     for group in optimizer.param_groups:
         group["lr"] = schedule.learning_rate(done)
     model.train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        if loss_of is None:
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        else:
+            loss = loss_of(batch)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.gradient_clip)
     optimizer.step()

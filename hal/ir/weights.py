@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from hal.errors import GraphError
@@ -164,3 +165,22 @@ def _write_tensor(tensor: ir.TensorProtocol, stream: object) -> None:
         tensor.tofile(stream)
     else:
         stream.write(tensor.tobytes())  # type: ignore[attr-defined]
+
+
+def as_bytes(tensor: ir.TensorProtocol, shape: ir.Shape, name: str) -> ir.TensorProtocol:
+    """The bytes that hold ``tensor``, as UINT8 of ``shape``.
+
+    What lies in a file is still read from there, and from the same place.
+    """
+    if isinstance(tensor, ir.ExternalTensor):
+        return ir.ExternalTensor(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            ir.DataType.UINT8,
+            shape=shape,
+            name=name,
+            base_dir=tensor.base_dir,
+        )
+    data = np.frombuffer(tensor.tobytes(), np.uint8).reshape(shape.numpy())
+    return ir.Tensor(data, name=name)

@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
+from hal.ir.weights import as_bytes
 from hal.targets.onnxruntime.moe import Emitter
 
 _CODES = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
@@ -139,19 +140,7 @@ def _bytes(graph: ir.Graph, table: _Table) -> ir.Value:
     if name in graph.initializers:
         return graph.initializers[name]
     shape = ir.Shape(table.shape)
-    raw: ir.TensorProtocol
-    if isinstance(tensor, ir.ExternalTensor):
-        raw = ir.ExternalTensor(
-            tensor.location,
-            tensor.offset,
-            tensor.length,
-            ir.DataType.UINT8,
-            shape=shape,
-            name=name,
-            base_dir=tensor.base_dir,
-        )
-    else:
-        raw = ir.Tensor(tensor.numpy().view(np.uint8), name=name)
+    raw = as_bytes(tensor, shape, name)
     value = ir.Value(name=name, type=ir.TensorType(ir.DataType.UINT8), shape=shape, const_value=raw)
     graph.register_initializer(value)
     return value

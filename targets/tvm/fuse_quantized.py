@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from hal.ir import HAL_DOMAIN, Graph
 from hal.ir.small_floats import restate_small_floats
+from hal.ir.weights import as_bytes
 from hal.kernels.quantized_layout import Layout, pack
 from hal.targets.tvm.lowering import Shaping
 from hal.targets.tvm.quantized_codes import Codes, attribute, dequantized, tensor_of, weights_of
@@ -247,20 +248,7 @@ class _Rewrite:
             tensor = tensor_of(codes.codes)
             shape = ir.Shape([codes.n, codes.k * codes.bits // 8])
             name = f"{codes.codes.name}.bytes"
-            raw: ir.TensorProtocol
-            if isinstance(tensor, ir.ExternalTensor):
-                raw = ir.ExternalTensor(
-                    tensor.location,
-                    tensor.offset,
-                    tensor.length,
-                    _D.UINT8,
-                    shape=shape,
-                    name=name,
-                    base_dir=tensor.base_dir,
-                )
-            else:
-                data = np.frombuffer(tensor.tobytes(), np.uint8).reshape(shape.numpy())
-                raw = ir.Tensor(data, name=name)
+            raw = as_bytes(tensor, shape, name)
             self._raw[codes.codes] = self._initializer(raw, name)
         return self._raw[codes.codes]
 
