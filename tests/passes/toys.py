@@ -13,8 +13,6 @@ from hal.ir import IR_VERSION, OPSET, Graph
 from hal.ir.evaluate import evaluate
 from hal.passes import InferShapes, Pass, PassReport, Pipeline, clean_up
 
-RNG = np.random.default_rng(7)
-
 
 class Toy:
     """Builds a graph op by op: ``t = Toy(x=["batch", 4]); t.output(t("Relu", t.x))``."""
@@ -25,6 +23,7 @@ class Toy:
         self._weights: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._count = 0
+        self._rng = np.random.default_rng(7)  # its own: weights do not depend on other tests
         for name, dims in inputs.items():
             self.add_input(name, dims)
 
@@ -70,7 +69,7 @@ class Toy:
 
     def weight(self, *dims: int) -> ir.Value:
         """A constant of random numbers around zero."""
-        return self.constant(RNG.standard_normal(dims).astype(np.float32) * 0.5)
+        return self.constant(self._rng.standard_normal(dims).astype(np.float32) * 0.5)
 
     def output(self, value: ir.Value, name: str | None = None) -> ir.Value:
         if name is not None:
