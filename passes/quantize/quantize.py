@@ -32,6 +32,7 @@ from hal.passes.quantize.smooth import SAMPLE, search_strength
 from hal.passes.quantize.static import Kernels, Measured, apply, measure, pools_of_means
 from hal.passes.quantize.streaming import Seen, Streaming, find_stages, inputs_of, looked_up
 from hal.passes.quantize.suited import suited
+from hal.passes.quantize.unbiased import unbiased
 
 METADATA_KEY = "quantization"
 """Where the graph's metadata says what was done: see :class:`LayerReport`."""
@@ -245,13 +246,14 @@ def quantize_matrix(
         InputError: the method needs calibration.
     """
     if setting.method == "rtn":
-        return round_to_nearest(weight, setting.format)
+        return unbiased(round_to_nearest(weight, setting.format), weight)
     if setting.method == "hqq":
-        return half_quadratic(weight, setting.format)
+        return unbiased(half_quadratic(weight, setting.format), weight)
     if statistics is None:
         raise _needs_data(setting)
     if setting.method in SCALING:
-        return weighted_rounding(weight, setting.format, statistics.gram)
+        codes = weighted_rounding(weight, setting.format, statistics.gram)
+        return unbiased(codes, weight, np.diagonal(statistics.gram))
     return gptq(weight, setting.format, statistics)
 
 
@@ -332,7 +334,7 @@ class _Work:
         if layer.kind == "experts":
             return self._experts(layer, setting, weight, seen)
         if setting.method in SCALING:
-            return weighted_rounding(weight, setting.format, seen.gram())
+            return quantize_matrix(weight, setting, Statistics(seen.gram()))
         form = setting.format
         rounding = form.group if form.activations == 8 else None
         statistics = seen.statistics(layer, weight, rounding)
