@@ -24,12 +24,13 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T  # noqa: N812
 
-from hal.descriptor import Descriptor, TvmRoute
+from hal.descriptor import Descriptor
 from hal.kernels.emitting import ATTRIBUTES, i64, vector
 from hal.kernels.quantized_layout import Dot
 from hal.targets import resolve
 from hal.targets.detect import usable_cores
 from hal.targets.tvm.program import use_threads
+from hal.targets.tvm.target import tvm_target
 from hal.targets.tvm.weights import shared_tensor
 
 READ_BYTES = 1 << 28
@@ -76,11 +77,7 @@ def units(bits: int, descriptor: Descriptor | None = None) -> Units:
     found = descriptor or resolve("host").descriptor
     if bits > found.vector.bits:
         raise ValueError(f"vectors of {found.name} have {found.vector.bits} bits, not {bits}")
-    route = found.routes["tvm"]
-    assert isinstance(route, TvmRoute)
-    target = dict(route.target)
-    if "vector-width" in target:
-        target["vector-width"] = bits
+    target = tvm_target(found) | {"vector-width": bits}
     lanes = max(1, bits // 32)
     dots = [
         Dot(i.llvm, i.lanes, i.k, signed=i.types[1] == i.types[0])

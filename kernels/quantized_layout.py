@@ -52,7 +52,7 @@ def byte_dot(descriptor: Descriptor) -> Dot | None:
     found = [
         Dot(i.llvm, i.lanes, i.k, signed=i.types == kinds[1])
         for i in descriptor.offered()
-        if i.does == "dot" and i.k == 4 and i.types in kinds and i.llvm
+        if i.does == "dot" and i.k == 4 and i.types in kinds and i.llvm and not i.scalable
     ]
     return max(found, key=lambda dot: dot.lanes, default=None)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hal.descriptor import Descriptor, TvmRoute
+from hal.descriptor import Descriptor
 
 HOST = "host"
 _FALLBACK = "cpu"
@@ -49,7 +49,7 @@ def detect(root: Path = Path("/")) -> Machine:
         architecture=platform.machine(),
         model=cpuinfo.get("model name", "").strip() or platform.processor() or platform.machine(),
         cores=_core_count(root, cpus),
-        features=frozenset((cpuinfo.get("flags") or cpuinfo.get("Features") or "").split()),
+        features=_features(cpuinfo),
         memory_bytes=_memory_bytes(root),
         caches=_caches(root, min(cpus, default=0)),
     )
@@ -82,11 +82,7 @@ def host_table(candidates: Iterable[Descriptor], machine: Machine | None = None)
     }
     if base is None:
         return table | _without_library()
-    table |= {"extends": base.name, "features": sorted(_useful_features(base, machine))}
-    attributes = _llvm_features(base, machine)
-    if attributes and isinstance(base.routes.get("tvm"), TvmRoute):
-        table["routes"] = {"tvm": {"target": {"mattr": attributes}}}
-    return table
+    return table | {"extends": base.name, "features": sorted(_useful_features(base, machine))}
 
 
 def _best_match(candidates: Iterable[Descriptor], machine: Machine) -> Descriptor | None:
@@ -117,18 +113,6 @@ def _useful_features(base: Descriptor, machine: Machine) -> set[str]:
     """Features of this machine that some instruction of the base asks for."""
     wanted = {feature for i in base.instructions for feature in i.requires}
     return wanted & machine.features
-
-
-def _llvm_features(base: Descriptor, machine: Machine) -> list[str]:
-    """LLVM attributes of the optional instructions that this machine has."""
-    return sorted(
-        {
-            attribute
-            for i in base.instructions
-            if i.requires and machine.features.issuperset(i.requires)
-            for attribute in i.llvm_features
-        }
-    )
 
 
 def _memory_tables(machine: Machine) -> list[dict[str, Any]]:
@@ -177,6 +161,13 @@ def _cpuinfo(root: Path) -> dict[str, str]:
         if separator:
             fields.setdefault(key.strip(), value)
     return fields
+
+
+def _features(cpuinfo: dict[str, str]) -> frozenset[str]:
+    """Names of features: a list of words, or one word such as ``rv64imafdcv_zba_zbb``."""
+    found = (cpuinfo.get("flags") or cpuinfo.get("Features") or "").split()
+    letters, *names = cpuinfo.get("isa", "").strip().split("_")
+    return frozenset([*found, *letters[4:], *names])
 
 
 def _usable_cpus() -> set[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import Field
 
 from hal.descriptor._base import Model
@@ -33,7 +35,9 @@ class Instruction(Model):
     """An instruction by what it does, not by what it is called.
 
     ``dot``: ``acc[lane] += sum over k of lhs[lane, k] * rhs[lane, k]``; ``types`` are those of
-    lhs, rhs and acc. ``fma``: ``dot`` with k = 1. ``matrix``: a tile product.
+    lhs, rhs and acc. ``fma``: ``dot`` with k = 1. ``matrix``: a tile product, ``lanes`` being the
+    elements of its result. Sums are exact (modulo the width of acc): what saturates on the way is
+    ``dot_saturating``, which no kernel takes for a dot product.
     """
 
     does: str = Field(min_length=1)
@@ -43,6 +47,8 @@ class Instruction(Model):
     """Products that go into each accumulator."""
     types: tuple[str, ...] = ()
     """Element types of the operands, result last: ``["u8", "i8", "i32"]``."""
+    scalable: bool = False
+    """Whether operands are as long as registers turn out to be; ``lanes`` is the least then."""
     llvm: str | None = None
     """Name of the LLVM intrinsic, where there is one."""
     llvm_features: tuple[str, ...] = ()
@@ -53,9 +59,10 @@ class Instruction(Model):
     """Instructions per cycle and core."""
 
     @property
-    def key(self) -> tuple[str, tuple[str, ...], int]:
-        """What makes two entries the same when a descriptor extends another."""
-        return self.does, self.types, self.lanes
+    def result_bits(self) -> int:
+        """Bits of all accumulators together; 0 where no types are given."""
+        digits = re.search(r"\d+", self.types[-1]) if self.types else None
+        return self.lanes * int(digits.group()) if digits else 0
 
     @property
     def operations(self) -> int:

@@ -153,9 +153,21 @@ class Descriptor(Model):
         return self.vector.lanes_of(dtype)
 
     def offered(self) -> tuple[Instruction, ...]:
-        """Instructions whose required features this chip lists."""
-        features = set(self.features)
-        return tuple(i for i in self.instructions if features.issuperset(i.requires))
+        """Instructions whose required features this chip lists, and whose results fit its vectors.
+
+        So a descriptor that only narrows ``vector`` or empties ``features`` offers less.
+        """
+        features, bits = set(self.features), self.vector.bits
+        return tuple(
+            i
+            for i in self.instructions
+            if features.issuperset(i.requires)
+            and (i.does == "matrix" or not bits or i.result_bits <= bits)
+        )
+
+    def llvm_features(self) -> tuple[str, ...]:
+        """Attributes that LLVM needs for the offered instructions, each once, in order."""
+        return tuple(sorted({attribute for i in self.offered() for attribute in i.llvm_features}))
 
     def instruction(
         self, does: str, *, types: Iterable[str] | None = None, k: int | None = None

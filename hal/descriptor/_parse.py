@@ -20,7 +20,7 @@ from hal.descriptor._quantity import Quantity
 from hal.descriptor._routes import OnnxRuntimeRoute, TvmRoute
 from hal.errors import DescriptorError, did_you_mean
 
-_KEYS = {"memory": ("level",), "instructions": ("does", "types", "lanes")}
+_KEYS = {"memory": ("level",), "instructions": ("does", "types", "lanes", "scalable")}
 """Arrays of tables that are merged entry by entry, and what identifies an entry."""
 
 
@@ -77,8 +77,8 @@ def merge(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]
     """What ``child`` says on top of ``parent``.
 
     Tables merge deeply; ``[[memory]]`` entries by ``level`` and ``[[instructions]]`` entries by
-    ``does``, ``types`` and ``lanes``; a figure (a table with a ``value``) and every other array
-    is replaced as a whole. ``match``, ``notes`` and ``description`` are not inherited.
+    ``does``, ``types``, ``lanes`` and ``scalable``; a figure (a table with a ``value``) and every
+    other array is replaced as a whole. ``match``, ``notes`` and ``description`` are not inherited.
     """
     inherited = {
         key: value

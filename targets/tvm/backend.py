@@ -27,6 +27,7 @@ from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, 
 from hal.targets.detect import usable_cores
 from hal.targets.reading import WeightReads
 from hal.targets.tvm.notes import weights_read
+from hal.targets.tvm.target import tvm_route, tvm_target
 
 if TYPE_CHECKING:
     from hal.targets.tvm.lowering import Shaping
@@ -110,10 +111,10 @@ class TvmBackend(Backend):
         from hal.targets.tvm.program import compile_module, export
         from hal.targets.tvm.weights import record_weights
 
-        route = _route(context.descriptor)
+        route, target = tvm_route(context.descriptor), tvm_target(context.descriptor)
         shaping = _shaping(context.descriptor)
         lowered = lower(graph, shaping)
-        library = compile_module(lowered.module, route.target, shaping.lanes)
+        library = compile_module(lowered.module, target, shaping.lanes)
         export(library, context.folder / LIBRARY, route.cross_compiler)
         reads = weights_read(graph.graph)
         weights = record_weights(lowered.weights, context.folder)
@@ -195,16 +196,6 @@ class TvmExecutable(Executable):
 def _require_tvm() -> None:
     if importlib.util.find_spec("tvm") is None:
         raise MissingExtraError("the backend tvm", "tvm")
-
-
-def _route(descriptor: Descriptor) -> TvmRoute:
-    for route in descriptor.routes.values():
-        if isinstance(route, TvmRoute):
-            return route
-    raise TargetError(
-        f"target {descriptor.name!r} has no route through tvm",
-        "add a table [routes.tvm] with a target to its descriptor",
-    )
 
 
 def _shaping(descriptor: Descriptor) -> Shaping:

@@ -24,6 +24,7 @@ from hal.kernels.quantized_layout import (  # noqa: E402
 )
 from hal.kernels.quantized_matmul import matmul, rows_per_block  # noqa: E402
 from hal.targets import resolve  # noqa: E402
+from hal.targets.tvm.target import tvm_target  # noqa: E402
 
 ROWS = (1, 3, 70)
 
@@ -43,11 +44,9 @@ def chip(name: str) -> Chip:
     if name == "narrow":
         return Chip(4, 16, None, {"kind": "llvm"})
     descriptor = resolve(name).descriptor
-    route = descriptor.routes["tvm"]
     registers = descriptor.vector.registers or 16
-    return Chip(
-        max(4, descriptor.vector_lanes("float32")), registers, byte_dot(descriptor), route.target
-    )
+    lanes = max(4, descriptor.vector_lanes("float32"))
+    return Chip(lanes, registers, byte_dot(descriptor), tvm_target(descriptor))
 
 
 def compiled(kernel: Any, target: Any) -> Any:

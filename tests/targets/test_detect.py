@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from hal.descriptor import Descriptor, parse
+from hal.descriptor import Descriptor, merge, parse
 from hal.targets import Registry
 from hal.targets.detect import Cache, Machine, detect, host_table
 
@@ -42,7 +42,10 @@ def machine(architecture: str, features: list[str], cores: int = 4) -> Machine:
         ("AMD64", V3, "x86-64-v3"),
         ("x86_64", V3[1:], "x86-64"),
         ("x86_64", [*V4, "avx512_vnni"], "x86-64-v4"),
-        ("aarch64", ["asimd"], "cpu"),
+        ("aarch64", ["asimd"], "aarch64"),
+        ("riscv64", [], "cpu"),
+        ("riscv64", ["v"], "rv64gcv"),
+        ("s390x", ["vx"], "cpu"),
     ],
 )
 def test_the_host_extends_the_best_level_it_fully_has(
@@ -54,7 +57,11 @@ def test_the_host_extends_the_best_level_it_fully_has(
 def test_optional_instructions_come_with_the_machines_features() -> None:
     table = host_table(library(), machine("x86_64", [*V4, "avx512_vnni", "rtm"]))
     assert table["features"] == ["avx512_vnni"]
-    assert table["routes"]["tvm"]["target"]["mattr"] == ["+avx512vnni"]
+    assert not {"instructions", "routes"} & table.keys()  # they come from the library
+    parent = Registry.discover("").descriptor("x86-64-v4").to_dict()
+    host = parse(merge(parent, table))
+    assert host.llvm_features() == ("+avx512vnni",)
+    assert {i.lanes for i in host.offered() if i.types == ("u8", "i8", "i32")} == {4, 8, 16}
 
 
 def test_a_machine_that_nothing_describes_still_has_both_routes() -> None:
@@ -136,6 +143,12 @@ def test_two_threads_of_one_core_count_once(
     twin.parent.mkdir(parents=True)
     twin.write_text("0-1")
     assert detect(root).cores == 1
+
+
+def test_features_in_one_word_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text("processor: 0\nisa : rv64imafdcv_zicbom_zvqdotq\n")
+    assert detect(tmp_path).features == {*"imafdcv", "zicbom", "zvqdotq"}
 
 
 def test_a_machine_without_these_files_is_still_described(tmp_path: Path) -> None:

@@ -127,10 +127,11 @@ def test_one_hot_of_an_index_out_of_range_has_no_on_value() -> None:
 def test_tiles_are_right_with_the_widest_vectors_of_this_machine() -> None:
     from hal.targets import resolve
     from hal.targets.tvm.direct import compile_model
+    from hal.targets.tvm.target import tvm_target
 
-    (route,) = (r for r in resolve("host:tvm").descriptor.routes.values() if hasattr(r, "target"))
+    target = tvm_target(resolve("host:tvm").descriptor)
     proto = model("g (float[2,3,4,5] x) => (float[14,18,16,10] y) { r = Constant <value_ints = "
                   "[7,6,4,2]> () y = Tile (x, r) }")  # fmt: skip
     x = np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)
-    got = compile_model(proto, dict(route.target))({"x": x})["y"]
+    got = compile_model(proto, target)({"x": x})["y"]
     np.testing.assert_array_equal(got, np.tile(x, (7, 6, 4, 2)))

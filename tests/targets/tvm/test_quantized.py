@@ -21,6 +21,7 @@ from hal.targets import resolve
 from hal.targets.tvm.direct import compile_graph
 from hal.targets.tvm.fuse_quantized import DOMAIN, fuse_quantized
 from hal.targets.tvm.lowering import Shaping
+from hal.targets.tvm.target import tvm_target
 
 _DTYPES: dict[str, Any] = {
     "i8": np.int8,
@@ -183,7 +184,7 @@ def host() -> tuple[Shaping, Any]:
     registers = descriptor.vector.registers or 16
     lanes = max(4, descriptor.vector_lanes("float32"))
     shaping = Shaping(lanes=lanes, registers=registers, dot=byte_dot(descriptor))
-    return shaping, descriptor.routes["tvm"].target  # type: ignore[union-attr]
+    return shaping, tvm_target(descriptor)
 
 
 NARROW = (Shaping(lanes=4), {"kind": "llvm"})

@@ -1,0 +1,53 @@
+"""The target that TVM compiles for, with what the descriptor offers and nothing beyond it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hal.descriptor import Descriptor, TvmRoute
+from hal.errors import TargetError
+
+NARROWEST = 128
+"""Bits of vectors where a descriptor states none: LLVM takes 512 on its own for some machines."""
+
+
+def tvm_route(descriptor: Descriptor) -> TvmRoute:
+    """The first route through TVM.
+
+    Raises:
+        TargetError: there is none.
+    """
+    for route in descriptor.routes.values():
+        if isinstance(route, TvmRoute):
+            return route
+    raise TargetError(
+        f"target {descriptor.name!r} has no route through tvm",
+        "add a table [routes.tvm] with a target to its descriptor",
+    )
+
+
+def tvm_target(descriptor: Descriptor) -> dict[str, Any]:
+    """The route's target, completed for LLVM by attributes and the width of vectors.
+
+    Attributes of instructions that are offered are switched on, those of instructions that the
+    descriptor knows and does not offer are switched off: a processor's name may imply them. What
+    the route says itself stays as it is.
+    """
+    target = dict(tvm_route(descriptor).target)
+    if target["kind"] != "llvm":
+        return target
+    stated = list(target.get("mattr", ()))
+    known = {attribute.lstrip("+-") for attribute in stated}
+    offered = {attribute.lstrip("+") for attribute in descriptor.llvm_features()}
+    every = {a.lstrip("+") for i in descriptor.instructions for a in i.llvm_features}
+    attributes = stated + [
+        ("+" if name in offered else "-") + name for name in sorted(every - known)
+    ]
+    if attributes:
+        target["mattr"] = attributes
+    if not descriptor.vector.scalable:
+        target.setdefault("vector-width", max(NARROWEST, descriptor.vector.bits))
+    return target
+
+
+__all__ = ["tvm_route", "tvm_target"]
