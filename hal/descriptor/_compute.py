@@ -55,6 +55,8 @@ class Instruction(Model):
     """LLVM target attributes that the intrinsic needs, e.g. ``["+name"]``."""
     requires: tuple[str, ...] = ()
     """Features the chip must list; without them the instruction is not offered."""
+    vector_bits: int = Field(default=0, ge=0)
+    """Least width of the chip's vectors, where the instruction needs more than its result fills."""
     rate: IssueRate = None
     """Instructions per cycle and core."""
 

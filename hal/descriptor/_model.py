@@ -162,7 +162,7 @@ class Descriptor(Model):
             i
             for i in self.instructions
             if features.issuperset(i.requires)
-            and (i.does == "matrix" or not bits or i.result_bits <= bits)
+            and (i.does == "matrix" or not bits or max(i.result_bits, i.vector_bits) <= bits)
         )
 
     def llvm_features(self) -> tuple[str, ...]:
