@@ -105,18 +105,22 @@ def _translate(program: torch.export.ExportedProgram) -> ir.Model:
         raise ExportError(*_explain(error)) from None
     assert onnx_program is not None  # None is for TorchScript only
     _refuse_mutation(onnx_program.exported_program)
-    model = onnx_program.model
+    model = onnx_program.model.clone()  # a graph remembers values that it no longer has
+    weights = list(model.graph.initializers.values())
     onnxscript.optimizer.optimize(model)
     # The optimizer renames an input that is also an output.
     for value, name in zip(model.graph.inputs, program_input_names(program), strict=True):
         value.name = name
-    return _released(model)
+    return _released(model, weights)
 
 
-def _released(model: ir.Model) -> ir.Model:
-    """A copy with the weights; the given one, which the optimizer's rules keep, loses them."""
+def _released(model: ir.Model, weights: list[ir.Value]) -> ir.Model:
+    """A copy with the weights; the given one, which the optimizer's rules keep, loses them.
+
+    ``weights`` are those that it had before the optimizer.
+    """
     copy = model.clone()
-    for value in model.graph.initializers.values():
+    for value in [*weights, *model.graph.initializers.values()]:
         value.const_value = None
     return copy
 

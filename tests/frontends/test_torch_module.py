@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,27 @@ class Affine(torch.nn.Module):
 
 def op_types(graph: Graph) -> list[str]:
     return [node.op_type for node in graph.nodes()]
+
+
+def test_nothing_keeps_the_weights_once_module_and_graph_are_gone() -> None:
+    class Tied(Affine):
+        """Two names for one weight; an exporter drops one of them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = torch.nn.Linear(4, 3, bias=False)
+            self.again.weight = self.linear.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.again(x) + self.linear(x)
+
+    module = Tied()
+    storage = weakref.ref(module.linear.weight)
+    graph = torch_module.from_module(module, torch.randn(1, 4))
+    assert graph.weight_bytes() >= 48
+    del module, graph
+    gc.collect()
+    assert storage() is None
 
 
 def test_dynamic_dims_come_out_as_named_and_take_any_size() -> None:
