@@ -51,6 +51,25 @@ def test_a_sparse_figure_counts_half() -> None:
     assert described.peak("int8") == pytest.approx(5e13)
 
 
+def test_a_narrower_vector_unit_offers_less() -> None:
+    entries = [
+        {"does": "fma", "lanes": 16, "types": ["f32", "f32", "f32"], "llvm_features": ["+wide"]},
+        {"does": "fma", "lanes": 8, "types": ["f32", "f32", "f32"], "llvm_features": ["+half"]},
+        {"does": "dot", "lanes": 8, "k": 4, "types": ["i8", "i8", "i32"], "vector_bits": 512},
+        {"does": "matrix", "lanes": 256, "k": 64, "types": ["i8", "i8", "i32"]},
+        {"does": "reduce", "lanes": 64},
+    ]
+
+    def offered(bits: int) -> list[int]:
+        described = chip(vector={"bits": bits}, instructions=entries)
+        return [i.lanes for i in described.offered()]
+
+    assert offered(512) == [16, 8, 8, 256, 64]
+    assert offered(256) == [8, 256, 64]
+    assert offered(0) == [16, 8, 8, 256, 64]  # nobody said how wide
+    assert chip(vector={"bits": 256}, instructions=entries).llvm_features() == ("+half",)
+
+
 def test_an_instruction_is_offered_only_with_its_features() -> None:
     dots = [
         {"does": "dot", "lanes": 16, "k": 4, "types": ["u8", "i8", "i32"], "requires": ["dot4"]},
