@@ -1,6 +1,7 @@
 # make demo       the whole way on a small model, from nothing
 # make test       lint, types, a wheel in a clean environment, tests
 # make test-all   the slow tests too
+# make bench      speed beside other runtimes, hours; writes benchmarks/RESULTS.md
 #
 # Both set up .venv themselves; they need Python 3.11 or newer and make. A second run is fast.
 #
@@ -11,11 +12,13 @@
 #                         TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   JOBS=2                test processes at a time
 #   TESTS=tests/ir        which tests
+#   BENCH='--only cnn'    options of benchmarks/run.py
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) 2>/dev/null)))
 TORCH_INDEX ?=
 JOBS ?= 2
 TESTS ?= tests
+BENCH ?=
 
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -25,7 +28,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 TVM_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 SOURCES := $(shell find hal passes targets kernels -name '*.py' -o -name '*.toml' -not -path '*/__pycache__/*')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format types wheel installed pytest clean
+.PHONY: help demo test test-all bench lint format types wheel installed pytest clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -38,6 +41,9 @@ test: lint types installed pytest
 
 test-all: lint types installed
 	$(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist loadgroup $(TESTS)
+
+bench: $(VENV)/.installed-demo
+	$(BIN)/python benchmarks/run.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(BENCH)
 
 pytest: $(VENV)/.installed-test
 	$(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not slow" $(TESTS)
