@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code: 130 when it was interrupted."""
     options = parser().parse_args(arguments)
     console = Console()
+    # However it is told to end, contenders' processes, which are stopped, must end as well.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     quick = options.cache / "speed-quick.json"
     results = options.json or (quick if options.quick else HERE / "results" / "speed.json")
     beside = options.quick or options.json
@@ -82,14 +85,12 @@ def measure(options: argparse.Namespace, store: Store, console: Console) -> None
                 count(-1)
             return
         kinds = [part for part in ("kernels", "compile") if part in options.only]
-        profiled = "llm" in options.only
-        count(len(chosen) + len(kinds) + profiled)
+        count(len(chosen) + len(kinds) + 1)
         for group in chosen:
             bench.run(group)
             count(-1)
-        if profiled:
-            extras.profiles(store, chosen, artifacts, options.threads, say)
-            count(-1)
+        extras.profiles(store, chosen, artifacts, options.threads, say)
+        count(-1)
         for kind in kinds:
             extras.script(store, kind, quick=options.quick, threads=options.threads, say=say)
             count(-1)

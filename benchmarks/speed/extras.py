@@ -11,44 +11,55 @@ from pathlib import Path
 from typing import Any
 
 from speed.artifacts import Artifacts
-from speed.cells import Group
+from speed.cells import Contender, Group, Measure
 from speed.failures import Unavailable, reason
+from speed.goals import judge, missed
 from speed.measure import Say
 from speed.store import Store
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 _LIMIT = 3600
+_FEW_KERNELS = ("--sizes", "256", "--rows", "1", "8", "--turns", "1", "--bits", "256")
 
 
 def profiles(
     store: Store, groups: Sequence[Group], artifacts: Artifacts, threads: int, say: Say
 ) -> None:
-    """Time by kernel of hal's contenders, for each group of language models."""
-    if store.has("profiles"):
-        return
+    """Time by kernel of hal's contenders in cells of which a line is missed."""
+    cells = missed(judge(store.data["cells"]))
     found: dict[str, Any] = dict(store.data.get("profiles", {}))
     for group in groups:
-        if group.cold:
-            continue
-        requests = [dict(m.request) for m in group.measures]
-        for contender in group.contenders:
-            if contender.family != "hal" or contender.artifact is None:
-                continue
-            say(f"{group.title}: profile of {contender.name}")
-            arguments = {
-                "target": dict(contender.options)["target"], "threads": threads,
-                "requests": {m.key: r for m, r in zip(group.measures, requests, strict=True)},
-                "first": dict(group.measures[0].first),
-            }  # fmt: skip
-            try:
-                arguments["artifact"] = str(artifacts.path(contender.artifact))
-                told = _run([str(BENCHMARKS / "speed" / "hal_profile.py"), json.dumps(arguments)])
-                found.setdefault(group.key, {})[contender.name] = json.loads(
-                    told.strip().splitlines()[-1]
-                )
-            except Unavailable as error:
-                found.setdefault(group.key, {})[contender.name] = {"error": str(error)}
-    store.fact("profiles", found)
+        measures = [m for m in group.measures if group.cell(m) in cells and not group.cold]
+        for contender in group.contenders if measures else ():
+            known = found.setdefault(group.key, {})
+            if contender.family == "hal" and not store.done_profile(group.key, contender.name):
+                say(f"{group.title}: profile of {contender.name}")
+                try:
+                    known[contender.name] = _profile(contender, measures, artifacts, threads)
+                except Unavailable as error:
+                    known[contender.name] = {"error": str(error)}
+                store.fact("profiles", found)
+
+
+def _profile(
+    contender: Contender, measures: Sequence[Measure], artifacts: Artifacts, threads: int
+) -> dict[str, Any]:
+    """Shares of time by measure and kernel.
+
+    Raises:
+        Unavailable: the bundle or the profile cannot be made.
+    """
+    if contender.artifact is None:
+        raise Unavailable(contender.lacking)
+    arguments = {
+        "target": dict(contender.options)["target"], "threads": threads,
+        "requests": {m.key: dict(m.request) for m in measures}, "first": dict(measures[0].first),
+        "artifact": str(artifacts.path(contender.artifact)),
+        **{name: str(artifacts.path(artifact)) for name, artifact in contender.files},
+    }  # fmt: skip
+    told = _run([str(BENCHMARKS / "speed" / "hal_profile.py"), json.dumps(arguments)])
+    found: dict[str, Any] = json.loads(told.strip().splitlines()[-1])
+    return found
 
 
 def script(store: Store, kind: str, *, quick: bool, threads: int, say: Say) -> None:
@@ -57,7 +68,7 @@ def script(store: Store, kind: str, *, quick: bool, threads: int, say: Say) -> N
         return
     say(f"{kind}: running its own script")
     arguments = {
-        "kernels": ["kernels.py", "--threads", str(threads)],
+        "kernels": ["kernels.py", "--threads", str(threads), *(_FEW_KERNELS if quick else ())],
         "compile": ["compile_time.py", *(("--layers", "2", "--rounds", "1") if quick else ())],
     }[kind]
     with tempfile.TemporaryDirectory() as folder:

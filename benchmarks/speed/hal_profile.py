@@ -18,8 +18,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent / "workers"))
 import protocol
 from hal_language import Hal
+from hal_network import HalNetwork
 
 Request = dict[str, Any]
+Spent = dict[str, float]
 _SHOWN = 8
 
 
@@ -33,7 +35,7 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _shares(spent: dict[str, float], wall: float) -> dict[str, Any]:
+def _shares(spent: Spent, wall: float) -> dict[str, Any]:
     ordered = sorted(spent.items(), key=lambda item: -item[1])
     top = {name: seconds / wall for name, seconds in ordered[:_SHOWN]}
     total = sum(spent.values())
@@ -43,7 +45,11 @@ def _shares(spent: dict[str, float], wall: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _warm(model: Hal, options: dict[str, Any], request: Request) -> Request:
+def _model(options: dict[str, Any]) -> Hal | HalNetwork:
+    return HalNetwork(options) if "image" in options else Hal(options)
+
+
+def _warm(model: Hal | HalNetwork, options: dict[str, Any], request: Request) -> Request:
     """Bring the model to where the timed part begins; the request without what came before."""
     if options["first"]:
         model.answer(options["first"])
@@ -51,15 +57,15 @@ def _warm(model: Hal, options: dict[str, Any], request: Request) -> Request:
     return {name: value for name, value in request.items() if name != "context"}
 
 
-def _timed(model: Hal, request: Request) -> float:
+def _timed(model: Hal | HalNetwork, request: Request) -> float:
     start = time.perf_counter()
     model.answer(request)
     return time.perf_counter() - start
 
 
-def _tvm(options: dict[str, Any], request: Request) -> tuple[dict[str, float], float]:
-    model = Hal(options)
-    spent: dict[str, float] = defaultdict(float)
+def _tvm(options: dict[str, Any], request: Request) -> tuple[Spent, float]:
+    model = _model(options)
+    spent: Spent = defaultdict(float)
     started: list[float] = []
 
     def instrument(function: Any, name: str, before: bool, result: Any, *arguments: Any) -> None:
@@ -77,7 +83,7 @@ def _tvm(options: dict[str, Any], request: Request) -> tuple[dict[str, float], f
     return spent, _timed(model, request)
 
 
-def _onnxruntime(options: dict[str, Any], request: Request) -> tuple[dict[str, float], float]:
+def _onnxruntime(options: dict[str, Any], request: Request) -> tuple[Spent, float]:
     import onnxruntime
 
     plain = onnxruntime.SessionOptions
@@ -90,19 +96,28 @@ def _onnxruntime(options: dict[str, Any], request: Request) -> tuple[dict[str, f
             return made
 
         onnxruntime.SessionOptions = profiling
-        model = Hal(options)
+        try:
+            model = _model(options)
+        finally:
+            onnxruntime.SessionOptions = plain
         request = _warm(model, options, request)
-        tokens = request["tokens"]
-        runs = tokens if request["do"] == "decode" else -(-tokens // protocol.CHUNK)
         wall = _timed(model, request)
         files = [part.session.end_profiling() for part in model.parts if hasattr(part, "session")]
-        return _last_runs(json.loads(Path(files[0]).read_text()), runs), wall
+        return _last_runs(json.loads(Path(files[0]).read_text()), _runs(request)), wall
 
 
-def _last_runs(events: list[dict[str, Any]], runs: int) -> dict[str, float]:
+def _runs(request: Request) -> int:
+    """How often a request runs the session."""
+    if request["do"] == "calls":
+        return int(request["runs"]) + protocol.WARM
+    tokens = int(request["tokens"])
+    return tokens if request["do"] == "decode" else -(-tokens // protocol.CHUNK)
+
+
+def _last_runs(events: list[dict[str, Any]], runs: int) -> Spent:
     """Seconds by operator in the last runs of a profile."""
     starts = sorted(event["ts"] for event in events if event.get("name") == "model_run")
-    spent: dict[str, float] = defaultdict(float)
+    spent: Spent = defaultdict(float)
     for event in events:
         kernel = event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
         if kernel and event["ts"] >= starts[-runs]:

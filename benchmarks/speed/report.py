@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,14 @@ from speed.measure import SPOILED
 
 Data = Mapping[str, Any]
 
+_STAGES = {
+    "import_seconds": "importing libraries, s", "load_seconds": "loading, s",
+    "first_seconds": "first token, s",
+}  # fmt: skip
+_MEMORY = {
+    "own": "at the end its own, MB", "mapped": "mapped from files, MB",
+    "libraries": "both before loading, MB",
+}  # fmt: skip
 _HEAD = """\
 # Speed beside other runtimes
 
@@ -124,9 +132,28 @@ def _group(cells: Sequence[Cell]) -> Iterator[str]:
                 notes[row["note"]] = list(dict.fromkeys([*notes.get(row["note"], []), name]))
         rows.append(line)
     yield from table(["", *(f"{cell['title']}, {cell['unit']}" for cell in cells)], rows)
+    for cell in cells:
+        yield from _parts(cell)
     for note, who in notes.items():
         yield f"- {', '.join(dict.fromkeys(who))}: {note}"
     yield ""
+
+
+def _parts(cell: Cell) -> Iterator[str]:
+    """What the figures of cold processes are made of: medians of stages, or kinds of memory."""
+    for parts in (_STAGES, _MEMORY):
+        rows = [
+            [row["name"], *(_median(row, key) for key in parts)]
+            for row in cell["rows"]
+            if any(key in sample for key in parts for sample in row["samples"])
+        ]
+        if rows:
+            yield from table(["", *parts.values()], rows)
+
+
+def _median(row: Mapping[str, Any], key: str) -> str:
+    values = [s[key] for s in row["samples"] if s.get(key) is not None]
+    return number(statistics.median(values)) if values else ""
 
 
 def _shown(cell: Cell, row: Mapping[str, Any] | None) -> str:
@@ -184,7 +211,24 @@ def _own_scripts(data: Data) -> Iterator[str]:
         elif name == "compile":
             yield from _compile_time(found["result"])
         else:
-            yield f"```json\n{json.dumps(found['result'], indent=1)}\n```\n"
+            yield from _kernels(found["result"])
+
+
+def _kernels(result: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        "Matrix products of the TVM route: parts of what memory or arithmetic allow, measured in"
+        " the same turns (`benchmarks/kernels.py`).\n"
+    )
+    groups: dict[tuple[str, int, int], list[float]] = {}
+    for product in result["products"]:
+        key = (product["form"], product["rows"], product["bits"])
+        groups.setdefault(key, []).append(product["share"])
+    rows = [
+        [form, str(count), str(bits), str(len(shares)),
+         f"{statistics.median(shares):.0%}", f"{min(shares):.0%}"]
+        for (form, count, bits), shares in groups.items()
+    ]  # fmt: skip
+    yield from table(["", "rows", "bits of a vector", "products", "median", "worst"], rows)
 
 
 def _compile_time(result: Mapping[str, Any]) -> Iterator[str]:

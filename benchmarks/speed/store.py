@@ -40,6 +40,10 @@ class Store:
         """Whether a fact need not be found again, as :meth:`done`."""
         return name in self._fresh or (self._resume and name in self.data)
 
+    def done_profile(self, group: str, contender: str) -> bool:
+        """Whether a run that is resumed has a profile already."""
+        return self._resume and contender in self.data.get("profiles", {}).get(group, {})
+
     def fact(self, name: str, value: Mapping[str, Any]) -> None:
         """Store something that is no cell."""
         self._fresh.add(name)

@@ -30,7 +30,10 @@ Answer = dict[str, Any]
 CHUNK = 512
 """Tokens in one run while a long context is read, for all contenders."""
 _LOWEST, _HIGHEST = 4, 300
-_WARM = 3
+WARM = 3
+"""Calls before those that count."""
+_LONG = 4.0
+"""Seconds after which calls are enough, however many were asked for."""
 
 
 class Model(Protocol):
@@ -110,7 +113,7 @@ class Caller:
         """Time calls; a few before them are not counted."""
         if request["do"] != "calls":
             raise ValueError(f"a model without state has no command {request['do']!r}")
-        for _ in range(_WARM):
+        for _ in range(WARM):
             self._call()
         seconds = []
         with Region() as region:
@@ -118,6 +121,8 @@ class Caller:
                 start = time.perf_counter()
                 self._call()
                 seconds.append(time.perf_counter() - start)
+                if sum(seconds) > _LONG and len(seconds) >= WARM:
+                    break
         return {"seconds": seconds, "foreign": region.foreign}
 
 
