@@ -4,6 +4,7 @@
 
 Each figure is the median of several passes of a loop that does nothing else, compiled for the
 machine like the kernels are. So it is a rate that a program reaches, and not one from a data sheet.
+With one thread the clock is that of the thread, and others on the same core do not count.
 """
 
 from __future__ import annotations
@@ -99,26 +100,30 @@ def compiled(kernel: Any, target: dict[str, Any]) -> Any:
     return tvm.compile(module, target=tvm.target.Target(dict(target)))["kernel"]
 
 
-def resident(data: np.ndarray) -> tvm.runtime.Tensor:
-    """A copy of ``data`` in memory of its own, in large pages where the system gives them.
+def area(size: int) -> np.ndarray:
+    """``size`` bytes of memory that starts a large page, in such pages where the system has them.
 
-    With pages of 4 KiB reading is slower, and how much depends on what ran before.
+    With pages of 4 KiB reading is slower, and how much depends on what ran before. The memory lasts
+    as long as the program.
     """
     page = 1 << 21
-    area = mmap.mmap(-1, -(-max(data.nbytes, 1) // page) * page + page)
+    memory = mmap.mmap(-1, -(-max(size, 1) // page) * page + page)
     with contextlib.suppress(AttributeError, OSError):  # not everywhere
-        area.madvise(mmap.MADV_HUGEPAGE)
-    whole = np.frombuffer(area, np.uint8)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
     start = -whole.ctypes.data % page
-    raw = whole[start : start + data.nbytes]
-    raw[:] = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-    tensor = shared_tensor(raw, data.dtype.name, data.shape)
-    _AREAS.append(area)
-    return tensor
+    _AREAS.append(memory)
+    return whole[start : start + size]
 
 
 _AREAS: list[mmap.mmap] = []
-"""Memory under tensors that were given out; it lasts as long as the program."""
+
+
+def resident(data: np.ndarray) -> tvm.runtime.Tensor:
+    """A copy of ``data`` in an :func:`area` of its own."""
+    raw = area(data.nbytes)
+    raw[:] = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    return shared_tensor(raw, data.dtype.name, data.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,16 +140,26 @@ class Loop:
     def rate(self, repeats: int = REPEATS) -> float:
         """The median over ``repeats`` passes of the amount per second; one more comes before."""
         use_threads(self.threads)
-        return self.amount / statistics.median(timed(self.call for _ in range(repeats + 1))[1:])
+        taken = timed((self.call for _ in range(repeats + 1)), self.threads)
+        return self.amount / statistics.median(taken[1:])
 
 
-def timed(calls: Iterable[Callable[[], None]]) -> list[float]:
-    """Seconds of each call."""
-    taken = []
+def clock(threads: int) -> Callable[[], float]:
+    """Seconds by the clock that fits: with one thread, only those that the thread ran.
+
+    So others on the same cores do not count. Threads of a pool also run while they wait; for
+    several, time is that of the wall.
+    """
+    return time.thread_time if threads == 1 else time.perf_counter
+
+
+def timed(calls: Iterable[Callable[[], None]], threads: int = 2) -> list[float]:
+    """Seconds of each call, by :func:`clock`."""
+    taken, now = [], clock(threads)
     for call in calls:
-        start = time.perf_counter()
+        start = now()
         call()
-        taken.append(time.perf_counter() - start)
+        taken.append(now() - start)
     return taken
 
 
