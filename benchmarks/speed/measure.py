@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import statistics
 import time
@@ -12,6 +11,7 @@ from typing import Any
 from speed.artifacts import Artifacts
 from speed.cells import Contender, Group, Measure
 from speed.failures import Unavailable
+from speed.seats import Seats
 from speed.store import Store
 from speed.venvs import Environments
 from speed.worker import Worker
@@ -53,11 +53,10 @@ class Bench:
         if group.cold:
             self._cold(group)
             return
-        with contextlib.ExitStack() as stack:
-            workers, failed = self._started(group, stack)
+        with Seats(self._start) as seats:
+            seats.load(group.contenders, lambda text: self._plan.say(f"{group.title}: {text}"))
             for measure in left:
-                rows = self._rounds(group, measure, workers, dict(failed))
-                self._store.put(group, measure, rows)
+                self._store.put(group, measure, self._rounds(group, measure, seats))
 
     def prepare(self, group: Group) -> None:
         """Make what a group's contenders load; what fails is told, and tried again in a run."""
@@ -68,20 +67,6 @@ class Bench:
                     self._artifacts.path(artifact)
                 except Unavailable as error:
                     self._plan.say(f"{contender.name}: {error}")
-
-    def _started(
-        self, group: Group, stack: contextlib.ExitStack
-    ) -> tuple[dict[str, Worker], dict[str, str]]:
-        """Processes of all that can be started, and why the others cannot, by name."""
-        workers: dict[str, Worker] = {}
-        failed: dict[str, str] = {}
-        for contender in group.contenders:
-            self._plan.say(f"{group.title}: loading {contender.name}")
-            try:
-                workers[contender.name] = stack.enter_context(self._start(contender))
-            except Unavailable as error:
-                failed[contender.name] = str(error)
-        return workers, failed
 
     def _start(self, contender: Contender) -> Worker:
         """A process that has loaded.
@@ -98,33 +83,45 @@ class Bench:
             options[name] = str(self._artifacts.path(artifact))
         return Worker(self._environments.python(contender.environment), contender.script, options)
 
-    def _rounds(
-        self, group: Group, measure: Measure, workers: dict[str, Worker], failed: dict[str, str]
-    ) -> list[dict[str, Any]]:
+    def _rounds(self, group: Group, measure: Measure, seats: Seats) -> list[dict[str, Any]]:
+        """Rows of a cell: a round to warm up, and those that count."""
         samples: dict[str, list[dict[str, Any]]] = {c.name: [] for c in group.contenders}
-        who = [c for c in group.contenders if c.name in workers and _takes_part(c, measure)]
+        failed = dict(seats.failed)
+        who = [c for c in group.contenders if _takes_part(c, measure)]
         for turn in range(-1, self._plan.rounds):
             for contender in reversed(who) if turn % 2 else who:
                 if contender.name in failed:
                     continue
                 round_ = f"round {turn + 1} of {self._plan.rounds}" if turn >= 0 else "warm-up"
                 self._plan.say(f"{group.title}, {measure.title}: {contender.name}, {round_}")
-                worker = workers[contender.name]
                 try:
-                    if turn < 0 and measure.first and contender.family != "machine":
-                        worker.ask(dict(measure.first))
-                    kept = self._sample(worker, contender, measure, max(turn, 0), turn >= 0)
-                    samples[contender.name] += kept if turn >= 0 else []
+                    samples[contender.name] += self._turn(contender, measure, seats, turn)
                 except Unavailable as error:
                     failed[contender.name] = str(error)
         return [
-            _row(c, samples[c.name], failed.get(c.name, ""), workers.get(c.name))
-            for c in group.contenders
-            if c.family != "machine" or _takes_part(c, measure)
+            _row(c, samples[c.name], failed.get(c.name, ""), seats.load_seconds.get(c.name))
+            for c in who
         ]
 
+    def _turn(
+        self, contender: Contender, measure: Measure, seats: Seats, turn: int
+    ) -> list[dict[str, Any]]:
+        """What one turn gives: nothing if it is the one to warm up.
+
+        Raises:
+            Unavailable: the contender failed.
+        """
+        with seats.turn(contender) as (worker, new):
+            if (turn < 0 or new) and measure.first and contender.family != "machine":
+                worker.ask(dict(measure.first))
+            if turn < 0 or new:
+                self._sample(worker, contender, measure, 0, again=False)
+            if turn < 0:
+                return []
+            return self._sample(worker, contender, measure, turn, again=True)
+
     def _sample(
-        self, worker: Worker, contender: Contender, measure: Measure, turn: int, again: bool
+        self, worker: Worker, contender: Contender, measure: Measure, turn: int, *, again: bool
     ) -> list[dict[str, Any]]:
         """One sample of a turn, the last of several if others disturbed those before.
 
@@ -235,13 +232,16 @@ def wait_until_quiet(limit: float = _QUIET_WAIT) -> bool:
 
 
 def _row(
-    contender: Contender, samples: list[dict[str, Any]], error: str, worker: Worker | None = None
+    contender: Contender,
+    samples: list[dict[str, Any]],
+    error: str,
+    load_seconds: float | None = None,
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"name": contender.name, "family": contender.family}
     if contender.note:
         row["note"] = contender.note
     if error:
         row["error"] = error
-    if worker is not None:
-        row["load_seconds"] = worker.facts["load_seconds"]
+    if load_seconds is not None:
+        row["load_seconds"] = load_seconds
     return {**row, "samples": samples}

@@ -57,9 +57,10 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        answer = self._answer(ANSWER_LIMIT)
-        self._stop()
-        return answer
+        try:
+            return self._answer(ANSWER_LIMIT)
+        finally:
+            self._stop()
 
     def _answer(self, limit: float) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -16,6 +16,7 @@ from speed.cells import Contender, Group, Measure
 from speed.contenders import groups
 from speed.failures import Unavailable, reason
 from speed.measure import Bench, Plan, sample
+from speed.seats import PLENTY
 from speed.shapes import shapes
 from speed.store import Store
 from speed.venvs import Environments
@@ -71,9 +72,12 @@ def test_a_process_that_cannot_load_says_why(tmp_path: Path) -> None:
         Worker(Path(sys.executable), "hal_language.py", options(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("free", [PLENTY, 0])
 def test_a_group_is_measured_in_turns_stored_and_not_measured_again(
-    bundle: Path, tmp_path: Path
+    bundle: Path, tmp_path: Path, free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Without memory for all to stay loaded, each is loaded for its turn.
+    monkeypatch.setattr("speed.seats.available", lambda: free)
     measure = Measure("decode", "decoding", tuple(DECODE.items()), "tok/s")
     given = (("artifact", str(bundle)), ("target", "host:onnxruntime"))
     toy = Contender("toy", "hal", "hal", "hal_language.py", options=given)
