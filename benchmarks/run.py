@@ -68,7 +68,9 @@ def measure(options: argparse.Namespace, store: Store, console: Console) -> None
         environments = Environments(
             options.venvs or options.cache / "venvs", say, options.torch_index
         )
-        artifacts = Artifacts(options.cache / "models", environments, say)
+        artifacts = Artifacts(
+            options.cache / "models", environments, say, keep=options.keep_bundles
+        )
         plan = Plan(
             options.rounds or (1 if options.quick else 7), options.threads, say, not options.quick
         )
@@ -116,6 +118,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="tiny models, one round")
     made.add_argument("--prepare", action="store_true", help="make models, measure nothing")
     made.add_argument("--resume", action="store_true", help="leave out cells that are complete")
+    made.add_argument(
+        "--keep-bundles", action="store_true", help="use bundles of hal's earlier code as well"
+    )
     made.add_argument("--report-only", action="store_true", help="write the report anew")
     made.add_argument("--cache", type=Path, default=HERE / ".cache", help="models, environments")
     made.add_argument("--venvs", type=Path, help="environments of peers [CACHE/venvs]")

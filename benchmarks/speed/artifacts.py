@@ -47,12 +47,21 @@ class Artifact:
 
 
 class Artifacts:
-    """Makes what is missing, and remembers what could not be made."""
+    """Makes what is missing, and remembers what could not be made.
+
+    ``keep``: bundles that an earlier state of hal's code made are good enough.
+    """
 
     def __init__(
-        self, folder: Path, environments: Environments, say: Callable[[str], None]
+        self,
+        folder: Path,
+        environments: Environments,
+        say: Callable[[str], None],
+        *,
+        keep: bool = False,
     ) -> None:
         self._folder, self._environments, self._say = folder, environments, say
+        self._keep = keep
         self._failed: dict[str, str] = {}
 
     def path(self, artifact: Artifact) -> Path:
@@ -76,7 +85,10 @@ class Artifacts:
     def _current(self, artifact: Artifact, stamp: Path) -> bool:
         if not stamp.exists():
             return False
-        return not artifact.of_hal or json.loads(stamp.read_text())["code"] == code_digest()
+        if self._keep or not artifact.of_hal:
+            return True
+        made: dict[str, object] = json.loads(stamp.read_text())
+        return made["code"] == code_digest()
 
     def seconds(self, artifact: Artifact) -> float | None:
         """How long it took to make, if this is known."""
