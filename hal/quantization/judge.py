@@ -19,6 +19,9 @@ _KEPT_BYTES = 256 << 20
 _POSITIONS = 4096
 """Positions of a language model that figures are means of."""
 
+_AT_ONCE = 1 << 21
+"""Logits that are brought to float64 together."""
+
 PROBE_POSITIONS = 512
 """Positions that are enough to tell layers apart."""
 
@@ -101,17 +104,23 @@ class Judge:
 
 def _text(right: np.ndarray, found: np.ndarray, ids: np.ndarray) -> dict[str, float]:
     """Means over positions; ``ppl`` is the logarithm of the ratio."""
-    p = log_softmax(right.reshape(-1, right.shape[-1]))
-    q = log_softmax(found.reshape(-1, found.shape[-1]))
-    nexts = np.arange(len(ids) - 1), ids[1:]
-    figures = {
-        "kl": float(np.mean(np.sum(np.exp(p) * (p - q), -1))),
-        "top1": float(np.mean(p.argmax(-1) == q.argmax(-1))),
-        "cosine": _cosine(right, found),
-    }
-    if len(ids) > 1:
-        figures["ppl"] = float(np.mean(p[:-1][nexts] - q[:-1][nexts]))
-    return figures
+    count, size = len(ids), right.shape[-1]
+    right, found = right.reshape(count, size), found.reshape(count, size)
+    kl = same = ratio = across = left = other = 0.0
+    step = max(1, _AT_ONCE // size)
+    for start in range(0, count, step):
+        a, b = (x[start : start + step].astype(np.float64) for x in (right, found))
+        across, left = across + float(np.vdot(a, b)), left + float(np.vdot(a, a))
+        other += float(np.vdot(b, b))
+        same += float(np.count_nonzero(a.argmax(-1) == b.argmax(-1)))
+        p, q = log_softmax(a), log_softmax(b)
+        nexts = ids[start + 1 : start + 1 + len(p)]
+        places = np.arange(len(nexts)), nexts
+        ratio += float(np.sum(p[places] - q[places]))
+        kl += float(np.sum(np.exp(p) * (p - q)))
+    norms = float(np.sqrt(left * other))
+    figures = {"kl": kl / count, "top1": same / count, "cosine": across / norms if norms else 1.0}
+    return figures | ({"ppl": ratio / (count - 1)} if count > 1 else {})
 
 
 def _outputs(right: np.ndarray, found: np.ndarray) -> dict[str, float]:
