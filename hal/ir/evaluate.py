@@ -232,6 +232,8 @@ def _ort_session(proto: onnx.ModelProto) -> ort.InferenceSession:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     # An arena lives as long as any result does, with room for the largest of all values.
     options.enable_cpu_mem_arena = False
+    # Packed copies of weights would double a model's memory and gain nothing for many rows.
+    options.add_session_config_entry("session.disable_prepacking", "1")
     return ort.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -34,19 +34,21 @@ class Judge:
 
     def __init__(self, graph: Graph, samples: Sequence[Sample]) -> None:
         """Run ``graph`` on ``samples`` (state included)."""
-        self._evaluator = Evaluator(graph, [self._output(graph)])
+        self._float = graph
+        self._evaluator: Evaluator | None = None
         self._name = self._output(graph)
         self._language = graph.metadata.get("task") == "causal-lm" and self._name == LOGITS
         self._tokens = graph.signature().inputs[0].name
         self.samples: list[Sample] = []
         self._right: list[np.ndarray] = []
         size = positions = 0
+        run = Evaluator(graph, [self._name])
         for sample in samples:
             for part in self._rows(graph, sample):
                 if self._language and positions >= _POSITIONS:
                     return
                 positions += part[self._tokens].size
-                result = self._evaluator(part)[self._name]
+                result = run(part)[self._name]
                 size += result.nbytes
                 if self._right and size > _KEPT_BYTES:
                     return
@@ -80,7 +82,10 @@ class Judge:
         limit = None
         if probe and self._language:
             limit = max(1, PROBE_POSITIONS // self.samples[0][self._tokens].size)
-        return self._figures(lambda sample: self._evaluator(sample, changed), limit)
+        if self._evaluator is None:  # it holds memory that other work can use until now
+            self._evaluator = Evaluator(self._float, [self._name])
+        evaluator = self._evaluator
+        return self._figures(lambda sample: evaluator(sample, changed), limit)
 
     def graph(self, graph: Graph) -> dict[str, float]:
         """Figures of another graph: ``kl``, ``top1``, ``ppl``, ``cosine``, as far as they apply."""
