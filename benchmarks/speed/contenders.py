@@ -27,7 +27,8 @@ BITS_PER_WEIGHT = {"4-bit": 4.5, "8-bit": 8.5, "float32": 32.0, "bfloat16": 16.0
 
 NETWORKS = ("ResNet-18-like", "MobileNetV2-like")
 _NO_TORCH = {
-    "4-bit": "PyTorch by itself multiplies no 4-bit weights on CPUs in a model of transformers",
+    "4-bit": "PyTorch has 4-bit products as an internal operator only; what puts them into a model "
+    "is torchao, a package of its own",
 }
 _NO_EXPORT = (
     "with transformers 4.53.3 in its environment the export fails as well:"
@@ -334,8 +335,11 @@ def _network_peers(
     return [
         peer("onnxruntime quantize_static", "onnxruntime_network.py", within("quantized.onnx")),
         peer("OpenVINO, NNCF", "openvino_network.py", nncf),
-        Contender("PyTorch", "peer", lacking="PyTorch by itself exports static int8 networks only "
-                  "through torchao, which is a package of its own"),
+        Contender(
+            "PyTorch eager, quantize_fx", "peer", "hal", "torch_network.py", within("model.pt"),
+            (("network", name), ("int8", True)),
+            (*image, ("calibration", dataclasses.replace(source, part="calibration.npy"))),
+        ),
     ]  # fmt: skip
 
 
