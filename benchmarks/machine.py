@@ -107,7 +107,9 @@ def area(size: int) -> np.ndarray:
     as long as the program.
     """
     page = 1 << 21
-    memory = mmap.mmap(-1, -(-max(size, 1) // page) * page + page)
+    # Memory that is shared, which is what mmap gives by itself, has large pages seldom.
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, -(-max(size, 1) // page) * page + page, **flags)
     with contextlib.suppress(AttributeError, OSError):  # not everywhere
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole = np.frombuffer(memory, np.uint8)
