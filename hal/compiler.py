@@ -8,6 +8,7 @@ failed compile leaves nothing behind.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -141,6 +142,7 @@ def compile(
         if request is not None:
             # Layers are taken from there one at a time.
             write_weights(graph, Path(waiting), keep_files=True)
+            gc.collect()  # the module and the graphs before refer to themselves
             tokenizer = assets.get("tokenizer.json")
             graph, more = quantize_graph(
                 graph,
