@@ -71,9 +71,9 @@ def measure(options: argparse.Namespace, store: Store, console: Console) -> None
         artifacts = Artifacts(
             options.cache / "models", environments, say, keep=options.keep_bundles
         )
-        plan = Plan(
-            options.rounds or (1 if options.quick else 7), options.threads, say, not options.quick
-        )
+        rounds = options.rounds or (1 if options.quick else 7)
+        wait = 0.0 if options.quick else options.wait
+        plan = Plan(rounds, options.threads, say, wait)
         bench = Bench(plan, environments, artifacts, store)
         chosen = [
             group
@@ -114,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument("--cells", default="", help="only cells with this text in their names")
     made.add_argument("--rounds", type=int, help="samples of each contender [7]")
+    made.add_argument("--wait", type=float, default=6.0, help="seconds to wait for quiet [6]")
     made.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     made.add_argument("--quick", action="store_true", help="tiny models, one round")
     made.add_argument("--prepare", action="store_true", help="make models, measure nothing")

@@ -72,6 +72,8 @@ def _ratio(number: int, key: str, cell: Cell, least: float) -> Verdict:
         f"{ratio:.2f} x: {ours.name} {ours.median:.1f} {unit},"
         f" {theirs.name} {theirs.median:.1f} {unit}"
     )
+    if ours.disturbed or theirs.disturbed:
+        found += " †"
     return Verdict(number, key, wanted, found, ratio >= least)
 
 

@@ -20,7 +20,7 @@ from speed.workers.protocol import foreign_share, machine_ticks, own_seconds
 SPOILED = 0.08
 """A sample counts as spoiled if others took more of the processors' time meanwhile."""
 _TRIES = 3
-_QUIET_WAIT, _LOOK = 6.0, 0.3
+_LOOK = 0.3
 _COLD_PAUSE = 0.5
 
 Say = Callable[[str], None]
@@ -28,12 +28,15 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How much is measured; ``say`` is told what goes on."""
+    """How much is measured.
+
+    ``say`` is told what goes on; ``wait``: seconds that a sample waits for others to be quiet.
+    """
 
     rounds: int
     threads: int
     say: Say
-    wait: bool = True
+    wait: float = 6.0
 
 
 class Bench:
@@ -135,8 +138,7 @@ class Bench:
             request["seed"] = turn
         found: list[dict[str, Any]] = []
         for _ in range(_TRIES if again else 1):
-            if self._plan.wait:
-                wait_until_quiet()
+            wait_until_quiet(self._plan.wait)
             answer = worker.ask(request)
             found.append(sample(answer, request, measure))
             if not found[-1]["spoiled"]:
@@ -167,8 +169,7 @@ class Bench:
     def _cold_sample(
         self, contender: Contender, measures: Sequence[Measure]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        if self._plan.wait:
-            wait_until_quiet()
+        wait_until_quiet(self._plan.wait)
         before, parent = machine_ticks(), own_seconds()
         with self._start(contender) as worker:
             first, memory = measures
@@ -219,7 +220,7 @@ def sample(answer: dict[str, Any], request: dict[str, Any], measure: Measure) ->
     return found
 
 
-def wait_until_quiet(limit: float = _QUIET_WAIT) -> bool:
+def wait_until_quiet(limit: float) -> bool:
     """Wait for others to leave the processors alone, not longer than ``limit`` seconds."""
     end = time.monotonic() + limit
     while time.monotonic() < end:

@@ -86,7 +86,7 @@ def test_a_group_is_measured_in_turns_stored_and_not_measured_again(
     environments = Environments(tmp_path / "venvs", quiet)
     artifacts = Artifacts(tmp_path / "models", environments, quiet)
     path = tmp_path / "results" / "speed.json"
-    plan = Plan(2, 1, quiet, wait=False)
+    plan = Plan(2, 1, quiet, wait=0.0)
     Bench(plan, environments, artifacts, Store(path, resume=False)).run(group)
     rows = json.loads(path.read_text())["cells"]["llm/toy/4-bit/decode"]["rows"]
     assert [row["name"] for row in rows] == ["toy", "absent"]
