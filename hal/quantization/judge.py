@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from hal.runtime.scoring import log_softmax
 
 LOGITS = "logits"
 _KEPT_BYTES = 256 << 20
-"""Float results that are kept to compare with."""
+"""Float results that are kept to compare with, in files."""
 
 _POSITIONS = 4096
 """Positions of a language model that figures are means of."""
@@ -40,7 +42,8 @@ class Judge:
         self._language = graph.metadata.get("task") == "causal-lm" and self._name == LOGITS
         self._tokens = graph.signature().inputs[0].name
         self.samples: list[Sample] = []
-        self._right: list[np.ndarray] = []
+        self._right: list[np.ndarray] = []  # mapped files
+        self._folder = tempfile.TemporaryDirectory(prefix="hal-judge-")
         size = positions = 0
         run = Evaluator(graph, [self._name])
         for sample in samples:
@@ -53,7 +56,9 @@ class Judge:
                 if self._right and size > _KEPT_BYTES:
                     return
                 self.samples.append(part)
-                self._right.append(np.asarray(result, np.float32))
+                path = Path(self._folder.name) / f"{len(self._right)}.npy"
+                np.save(path, np.asarray(result, np.float32))
+                self._right.append(np.load(path, mmap_mode="r"))
 
     def _output(self, graph: Graph) -> str:
         names = [spec.name for spec in graph.signature().outputs]
