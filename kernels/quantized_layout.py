@@ -75,7 +75,7 @@ class Layout:
     zeros: bool = False
     integer: bool = False
     signed: bool = False
-    tiles: int = 2
+    tiles: int = 1
     floats: bool = False
 
     @property

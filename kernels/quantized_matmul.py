@@ -38,6 +38,26 @@ _HALFWAY = 60
 CHAINS = 4
 """Chains of products that advance side by side at least: the latency of one over its rate."""
 
+AHEAD = 3072
+"""Bytes between the weights that are multiplied and those that are asked for meanwhile."""
+
+LONGEST = 4096
+"""Bytes of a group up to which that is written out; longer runs are found by the machine itself."""
+
+LINE = 64
+"""Bytes of a cache line."""
+
+
+def prefetches(layout: Layout) -> bool:
+    """Whether asking for weights ahead pays where several rows share them.
+
+    It fills the time that arithmetic takes. Bytes that need no decoding arrive by themselves: with
+    4 rows of 2560 that took 0.55 of the roofline's time without and 0.46 with it, and with codes of
+    4 bits 0.33 and 0.45 (8 rows: 0.41 and 0.61; one thread, 512-bit vectors).
+    """
+    decoded = layout.bits < 8 or not layout.integer
+    return decoded and layout.group_bytes <= LONGEST
+
 
 def rows_per_block(registers: int) -> int:
     """Rows whose accumulators fit, one for products and one for sums, with four to work with."""
@@ -116,7 +136,7 @@ def _many_rows(layout: Layout, dot: Dot | None, buffers: dict[str, Any], m: Any,
     """Tasks are column blocks times chunks of rows, so that few columns still feed many cores.
 
     A task takes one tile after the other: side by side, LLVM shares the activations that both
-    load, and then spills them.
+    load, and then spills them. The first rows bring the weights, which later ones find in a cache.
     """
     chunks = tirx.floordiv(m + i64(ROWS_PER_TASK - 1), i64(ROWS_PER_TASK))
     with T.parallel(i64(layout.blocks) * chunks) as task:
@@ -126,10 +146,14 @@ def _many_rows(layout: Layout, dot: Dot | None, buffers: dict[str, Any], m: Any,
         whole = tirx.floordiv(count, i64(most))
         registers = _registers(layout, max(CHAINS, most), most)
         with T.serial(i64(0), i64(layout.tiles)) as tile:
-            with T.serial(i64(0), whole) as i:
-                _Product(layout, dot, buffers, registers, block, [tile], most).rows(
-                    first + i * i64(most)
-                )
+            known = i64(1 if prefetches(layout) else 0)
+            if prefetches(layout):
+                with T.If(whole > i64(0)), T.Then():
+                    product = _Product(layout, dot, buffers, registers, block, [tile], most, True)
+                    product.rows(first)
+            with T.serial(known, whole) as i:
+                product = _Product(layout, dot, buffers, registers, block, [tile], most)
+                product.rows(first + i * i64(most))
             done = T.Bind(first + whole * i64(most))
             rest = most // 2
             while rest:
@@ -137,13 +161,18 @@ def _many_rows(layout: Layout, dot: Dot | None, buffers: dict[str, Any], m: Any,
                 before = tirx.floordiv(tirx.floormod(count, i64(most)), above) * above
                 odd = tirx.floormod(tirx.floordiv(count, i64(rest)), i64(2)) == i64(1)
                 with T.If(odd), T.Then():
-                    product = _Product(layout, dot, buffers, registers, block, [tile], rest)
+                    fresh = whole == i64(0)
+                    product = _Product(layout, dot, buffers, registers, block, [tile], rest, fresh)
                     product.rows(done + before)
                 rest //= 2
 
 
 class _Product:
-    """Code for some rows times one block of columns."""
+    """Code for some rows times one block of columns.
+
+    ``fresh``, which may be known at run time only: the weights are read for the first time, and
+    asked for ahead where that pays.
+    """
 
     def __init__(
         self,
@@ -154,9 +183,11 @@ class _Product:
         block: Any,
         tiles: Sequence[Any],
         count: int,
+        fresh: Any = False,
     ) -> None:
         self.layout, self.dot, self.buffers, self.registers = layout, dot, buffers, registers
         self.block, self.tiles, self.count = block, tiles, count
+        self.fresh = fresh if prefetches(layout) else False
         self.lanes = layout.lanes
         self.kind = "int32" if layout.integer else "float32"
         # A product waits for the one before it in its chain; few rows alone make too few chains.
@@ -169,6 +200,11 @@ class _Product:
             T.buffer_store(self.registers.sums, spread(tirx.const(0.0, "float32"), lanes), [i])
         with T.serial(i64(0), i64(layout.groups)) as group:
             base = T.Bind((self.block * i64(layout.groups) + group) * i64(layout.group_bytes))
+            if self.fresh is True:
+                self._prefetch(base)
+            elif self.fresh is not False:
+                with T.If(self.fresh), T.Then():
+                    self._prefetch(base)
             self._group(first, group, base)
             for t in range(len(self.tiles)):
                 self._scale(first, group, base, t)
@@ -177,6 +213,16 @@ class _Product:
                 column = self.block * i64(layout.columns) + tile * i64(lanes)
                 place = [first + i64(r), span(column, lanes)]
                 T.buffer_store(self.buffers["out"], self.registers.sums[t * count + r], place)
+
+    def _prefetch(self, base: Any) -> None:
+        """Ask for the bytes of a group that comes later."""
+        size = self.layout.group_bytes
+        later = base + i64(max(1, AHEAD // size) * size)
+        start = T.Bind(tirx.min(later, i64(self.layout.bytes - size)))
+        for offset in range(0, self.layout.group_bytes, LINE):
+            place = tirx.address_of(self.buffers["w"][start + i64(offset)])
+            how = [tirx.const(number, "int32") for number in (0, 3, 1)]  # to read, keep, data
+            T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", place, *how))
 
     def _group(self, first: Any, group: Any, base: Any) -> None:
         """Products of one group, into ``products``.

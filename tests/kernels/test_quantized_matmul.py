@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 pytest.importorskip("tvm")
 
 from hal.kernels.quantized_layout import Layout
-from hal.kernels.quantized_matmul import rows_per_block
+from hal.kernels.quantized_matmul import matmul, prefetches, rows_per_block
 from tests.kernels.support import check, chip
 
 
@@ -77,3 +77,19 @@ def test_any_shape_is_padded(
 @pytest.mark.parametrize(("registers", "rows"), [(32, 8), (16, 4), (8, 2), (4, 1)])
 def test_rows_of_a_block_follow_the_registers(registers: int, rows: int) -> None:
     assert rows_per_block(registers) == rows
+
+
+@pytest.mark.parametrize(
+    ("layout", "ahead"),
+    [
+        (Layout(32, 64, 4, 32, 4), True),
+        (Layout(32, 64, 8, 32, 4), True),
+        (Layout(32, 64, 4, 32, 4, integer=True), True),
+        (Layout(32, 64, 8, 32, 4, integer=True), False),  # nothing is decoded
+        (Layout(32, 4096, 4, 4096, 4), False),  # too long to be written out
+    ],
+)
+def test_weights_that_are_decoded_are_asked_for_ahead(layout: Layout, ahead: bool) -> None:
+    assert prefetches(layout) == ahead
+    if not layout.integer:  # other layouts need a chip's instruction
+        assert ("llvm.prefetch" in matmul(layout).script()) == ahead
