@@ -73,12 +73,12 @@ def measure(options: argparse.Namespace, store: Store, console: Console) -> None
         )
         rounds = options.rounds or (1 if options.quick else 7)
         wait = 0.0 if options.quick else options.wait
-        plan = Plan(rounds, options.threads, say, wait)
+        plan = Plan(rounds, options.threads, say, wait, options.tries)
         bench = Bench(plan, environments, artifacts, store)
         chosen = [
-            group
+            group.only(options.cells)
             for group in groups(options.quick)
-            if group.part in options.only and options.cells in group.key
+            if group.part in options.only and group.only(options.cells).measures
         ]
         if options.prepare:
             count(len(chosen))
@@ -86,6 +86,7 @@ def measure(options: argparse.Namespace, store: Store, console: Console) -> None
                 bench.prepare(group)
                 count(-1)
             return
+        _note_machine(store, environments, plan, quick=options.quick)
         kinds = [part for part in ("kernels", "compile") if part in options.only]
         count(len(chosen) + len(kinds) + 1)
         for group in chosen:
@@ -96,13 +97,13 @@ def measure(options: argparse.Namespace, store: Store, console: Console) -> None
         for kind in kinds:
             extras.script(store, kind, quick=options.quick, threads=options.threads, say=say)
             count(-1)
-        facts = machine.facts(options.threads)
-        facts |= {
-            "versions": environments.versions(),
-            "rounds": plan.rounds,
-            "quick": options.quick,
-        }
-        store.fact("machine", {**facts, "date": time.strftime("%Y-%m-%d %H:%M")})
+
+
+def _note_machine(store: Store, environments: Environments, plan: Plan, *, quick: bool) -> None:
+    """What it runs on, and with which versions: at first, so that a stopped run has it too."""
+    facts = machine.facts(plan.threads)
+    facts |= {"versions": environments.versions(), "rounds": plan.rounds, "quick": quick}
+    store.fact("machine", {**facts, "date": time.strftime("%Y-%m-%d %H:%M")})
 
 
 def parser() -> argparse.ArgumentParser:
@@ -115,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--cells", default="", help="only cells with this text in their names")
     made.add_argument("--rounds", type=int, help="samples of each contender [7]")
     made.add_argument("--wait", type=float, default=6.0, help="seconds to wait for quiet [6]")
+    made.add_argument("--tries", type=int, default=3, help="of a sample that others disturb [3]")
     made.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     made.add_argument("--quick", action="store_true", help="tiny models, one round")
     made.add_argument("--prepare", action="store_true", help="make models, measure nothing")

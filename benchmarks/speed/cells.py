@@ -79,6 +79,14 @@ class Group:
     facts: tuple[tuple[str, Any], ...] = ()
     cold: bool = False
 
+    def only(self, text: str) -> Group:
+        """The group with those measures whose cells have a text in their names.
+
+        Those of a cold group are of one process and stay together.
+        """
+        kept = [measure for measure in self.measures if text in self.cell(measure)]
+        return dataclasses.replace(self, measures=self.measures if self.cold and kept else (*kept,))
+
     def cell(self, measure: Measure) -> str:
         """The name of a cell."""
         return f"{self.key}/{measure.key}"

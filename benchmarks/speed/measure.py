@@ -19,7 +19,6 @@ from speed.workers.protocol import foreign_share, machine_ticks, own_seconds
 
 SPOILED = 0.08
 """A sample counts as spoiled if others took more of the processors' time meanwhile."""
-_TRIES = 3
 _LOOK = 0.3
 _COLD_PAUSE = 0.5
 
@@ -30,13 +29,15 @@ Say = Callable[[str], None]
 class Plan:
     """How much is measured.
 
-    ``say`` is told what goes on; ``wait``: seconds that a sample waits for others to be quiet.
+    ``say`` is told what goes on; ``wait``: seconds that a sample waits for others to be quiet;
+    ``tries`` of a sample that others disturb.
     """
 
     rounds: int
     threads: int
     say: Say
     wait: float = 6.0
+    tries: int = 3
 
 
 class Bench:
@@ -137,7 +138,7 @@ class Bench:
         if "seed" in request:
             request["seed"] = turn
         found: list[dict[str, Any]] = []
-        for _ in range(_TRIES if again else 1):
+        for _ in range(self._plan.tries if again else 1):
             wait_until_quiet(self._plan.wait)
             answer = worker.ask(request)
             found.append(sample(answer, request, measure))

@@ -70,10 +70,11 @@ def test_decoding_is_judged_beside_peers_and_beside_memory() -> None:
     assert second.found.startswith("90%")
 
 
-def test_a_verdict_on_disturbed_samples_says_so() -> None:
+def test_disturbed_samples_decide_nothing() -> None:
     found = cell(row("h", "hal", 10.0, spoiled=1), row("p", "peer", 5.0))
     (verdict,) = verdicts("llm/llama/8-bit/prefill-256", found)
     assert verdict.found.endswith(" †")
+    assert verdict.word == "not measured"
 
 
 def test_a_cell_without_peers_is_not_measured_and_not_met() -> None:
