@@ -106,6 +106,8 @@ class Program:
         self._alive = alive
         self._in_place = dict(in_place or {})
         self._pools = set(self._in_place.values())
+        self._made = [(i, p) for i, p in enumerate(outputs) if p.name not in self._in_place]
+        self._views: dict[str, tuple[np.ndarray, tvm.runtime.Tensor]] = {}
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run once; outputs by name.
@@ -116,7 +118,7 @@ class Program:
         arguments = []
         for port in self.inputs:
             if port.name in self._pools:
-                arguments.append(_shared(inputs[port.name]))
+                arguments.append(self._shared(port.name, inputs[port.name]))
                 continue
             array = to_storage(np.asarray(inputs[port.name]), port.dtype)
             if array.dtype.name != STORED_AS[port.dtype]:
@@ -133,15 +135,20 @@ class Program:
                 f"the inputs do not fit the program: {shapes}: {str(error).splitlines()[-1]}",
                 "check the shapes against the signature",
             ) from error
-        return {
-            port.name: inputs[self._in_place[port.name]]
-            if port.name in self._in_place
-            else from_storage(result.numpy(), port.dtype)
-            for port, result in zip(self.outputs, results, strict=True)
-        }
+        found = {name: inputs[pool] for name, pool in self._in_place.items()}
+        for index, port in self._made:
+            found[port.name] = from_storage(results[index].numpy(), port.dtype)
+        return found
 
+    def _shared(self, name: str, pool: np.ndarray) -> tvm.runtime.Tensor:
+        """A pool as a tensor over the same memory, which the program writes.
 
-def _shared(pool: np.ndarray) -> tvm.runtime.Tensor:
-    """A pool as a tensor over the same memory, which the program writes."""
-    assert pool.ctypes.data % ALIGNMENT == 0, "a pool that is not aligned would be copied"
-    return shared_tensor(pool.reshape(-1).view(np.uint8), pool.dtype.name, pool.shape)
+        A pool stays the same array from step to step until it grows.
+        """
+        known = self._views.get(name)
+        if known is None or known[0] is not pool:
+            assert pool.ctypes.data % ALIGNMENT == 0, "a pool that is not aligned would be copied"
+            flat = pool.reshape(-1).view(np.uint8)
+            known = pool, shared_tensor(flat, pool.dtype.name, pool.shape)
+            self._views[name] = known
+        return known[1]
