@@ -27,6 +27,10 @@ STRIP = 2048
 HEIGHTS = (1, 4, 8)
 """Numbers of rows that go down strips together."""
 
+PART = 1024
+"""Rows of weights that many rows of activations are multiplied with before the next ones: what
+both have of them stays in a near cache."""
+
 ROWS_PER_TASK = 64
 """Rows of activations that one task takes, a multiple of every block."""
 
@@ -143,30 +147,47 @@ def _blocks(
         count = T.Bind(tirx.min(m - first, i64(ROWS_PER_TASK)))
         sums = T.alloc_buffer((rows * wide,), vector("float32", lanes), scope="local")
 
-        def product(start: Any, height: int) -> None:
-            for i in range(height * wide):
-                T.buffer_store(sums, spread(tirx.const(0.0, "float32"), lanes), [i])
-            with T.serial(i64(0), i64(k)) as i:
+        parts = -(-k // PART)
+
+        def product(start: Any, height: int, part: Any) -> None:
+            def place(r: int, j: int) -> list[Any]:
+                return [start + i64(r), span(column + i64(j * lanes), lanes)]
+
+            places = [(r, j) for r in range(height) for j in range(wide)]
+
+            def clear() -> None:
+                for i in range(len(places)):
+                    T.buffer_store(sums, spread(tirx.const(0.0, "float32"), lanes), [i])
+
+            if parts == 1:
+                clear()
+            else:
+                with T.If(part == i64(0)):
+                    with T.Then():
+                        clear()
+                    with T.Else():
+                        for i, at in enumerate(places):
+                            T.buffer_store(sums, out[tuple(place(*at))], [i])
+            before = part * i64(PART)
+            with T.serial(before, tirx.min(before + i64(PART), i64(k))) as i:
                 for r in range(height):
                     factor = spread(x[start + i64(r), i], lanes)
                     for j in range(wide):
                         weights = w[i, span(column + i64(j * lanes), lanes)]
-                        place = r * wide + j
-                        T.buffer_store(sums, sums[place] + factor * weights, [place])
-            for r in range(height):
-                for j in range(wide):
-                    column_ = span(column + i64(j * lanes), lanes)
-                    T.buffer_store(out, sums[r * wide + j], [start + i64(r), column_])
+                        T.buffer_store(sums, sums[r * wide + j] + factor * weights, [r * wide + j])
+            for i, at in enumerate(places):
+                T.buffer_store(out, sums[i], place(*at))
 
         whole = T.Bind(tirx.floordiv(count, i64(rows)))
-        with T.serial(i64(0), whole) as i:
-            product(first + i * i64(rows), rows)
         done = T.Bind(first + whole * i64(rows))
-        height = rows // 2
-        while height:
-            above = i64(2 * height)
-            before = tirx.floordiv(tirx.floormod(count, i64(rows)), above) * above
-            odd = tirx.floormod(tirx.floordiv(count, i64(height)), i64(2)) == i64(1)
-            with T.If(odd), T.Then():
-                product(T.Bind(done + before), height)
-            height //= 2
+        with T.serial(i64(0), i64(parts)) as part:
+            with T.serial(i64(0), whole) as i:
+                product(first + i * i64(rows), rows, part)
+            height = rows // 2
+            while height:
+                above = i64(2 * height)
+                before = tirx.floordiv(tirx.floormod(count, i64(rows)), above) * above
+                odd = tirx.floormod(tirx.floordiv(count, i64(height)), i64(2)) == i64(1)
+                with T.If(odd), T.Then():
+                    product(T.Bind(done + before), height, part)
+                height //= 2

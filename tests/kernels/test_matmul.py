@@ -10,7 +10,10 @@ tvm = pytest.importorskip("tvm")
 from hal.kernels import matmul  # noqa: E402
 
 
-@pytest.mark.parametrize(("k", "n", "lanes", "registers"), [(13, 48, 16, 32), (33, 20, 4, 16)])
+@pytest.mark.parametrize(
+    ("k", "n", "lanes", "registers"),
+    [(13, 48, 16, 32), (33, 20, 4, 16), (matmul.PART + 5, 32, 8, 16)],
+)
 def test_a_product_equals_numpys_for_any_number_of_rows(
     k: int, n: int, lanes: int, registers: int
 ) -> None:
@@ -23,7 +26,7 @@ def test_a_product_equals_numpys_for_any_number_of_rows(
         x = np.random.default_rng(rows).standard_normal((rows, k)).astype(np.float32)
         out = tvm.runtime.tensor(np.full((rows, n), np.nan, np.float32))
         run(tvm.runtime.tensor(x), tvm.runtime.tensor(w), out)
-        np.testing.assert_allclose(out.numpy(), x @ w, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(out.numpy(), x @ w, rtol=1e-4, atol=3e-4)
 
 
 def test_columns_that_fill_no_vector_have_no_kernel() -> None:
