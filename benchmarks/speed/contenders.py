@@ -102,7 +102,7 @@ def _hal(shape: Shape, form: str, kv_cache: str = "auto") -> Iterator[Contender]
     cache = "" if kv_cache == "auto" else f", {kv_cache} cache"
     for route in ROUTES:
         yield Contender(
-            f"hal {route}{cache}", "hal", "hal", "hal_language.py",
+            f"hal {route}{cache}", "hal", "hal-runtime", "hal_language.py",
             bundle(shape, form, route, kv_cache), (("target", route),), note=note,
         )  # fmt: skip
 

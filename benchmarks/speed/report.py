@@ -32,9 +32,9 @@ Every contender is a process of its own that loads once; rounds go through all c
 second one backwards, and who has no turn is stopped. Same tokens, same number of threads for all.
 Figures are medians, with the lowest and highest sample in brackets. A sample during which other
 programs took more than {spoiled:.0%} of the processors' time is taken again, a few times;
-† marks figures of which most samples stayed spoiled; they decide nothing. Weights are random and seeded, and begin as
-the same numbers for all. *Memory: read* is this machine's memory read by all threads in huge pages,
-in the same rounds.
+† marks figures of which most samples stayed spoiled; they decide nothing. Weights are random and
+seeded, and begin as the same numbers for all. *Memory: read* is this machine's memory read by all
+threads in huge pages, in the same rounds.
 """
 
 

@@ -25,7 +25,11 @@ class Environment:
     removed: tuple[str, ...] = ()
 
 
+ROOT = Path(__file__).resolve().parents[2]
+
 ENVIRONMENTS = {
+    # What a deployment has: without torch, which TVM imports wherever it is installed.
+    "hal-runtime": Environment(("--editable", f"{ROOT}[tvm]"), ()),
     "llama.cpp": Environment(
         ("llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors==0.8.0"), ("llama-cpp-python",)
     ),
@@ -42,10 +46,15 @@ ENVIRONMENTS = {
         removed=("torchvision",),
     ),
 }  # fmt: skip
-"""By name. hal, PyTorch and onnxruntime by itself run in the environment of this process."""
+"""By name. PyTorch, onnxruntime by itself and compilers run in this process's environment."""
 
 OWN_PACKAGES = ("hal-compiler", "torch", "apache-tvm", "onnxruntime", "transformers")
-_ALIASES = {"llama.cpp": "llama", "onnxruntime-genai": "genai", "openvino": "openvino"}
+_ALIASES = {
+    "hal-runtime": "hal",
+    "llama.cpp": "llama",
+    "onnxruntime-genai": "genai",
+    "openvino": "openvino",
+}
 _STAMP = "installed.json"
 
 
@@ -96,6 +105,8 @@ class Environments:
 
     def _has(self, python: Path, packages: Sequence[str]) -> bool:
         """Whether an environment that somebody else made has the very versions."""
+        if any("==" not in package for package in packages):
+            return False
         found = versions(python, [package.split("==")[0] for package in packages])
         return all(
             found.get(name, "").split("+")[0] == version
