@@ -7,11 +7,14 @@ failed compile leaves nothing behind.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
+import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ from hal.bundle.manifest import (
     write_manifest,
 )
 from hal.bundle.output import bundle_writer
-from hal.errors import HalError, InputError, TargetError
+from hal.errors import CheckFailed, HalError, InputError, TargetError
 from hal.ir import Graph, TensorSpec
 from hal.ir.cache_plan import CachePlan
 from hal.ir.verify import verify as verify_graph
@@ -45,9 +48,10 @@ from hal.passes import default_pipeline
 from hal.passes.base import Pipeline
 from hal.passes.cache_layout import CacheLayout
 from hal.passes.pick_positions import PickPositions
-from hal.quantization import Plan, parse_request, quantize_graph
+from hal.quantization import Plan, Request, parse_request, quantize_graph
 from hal.runtime import verification
 from hal.runtime.arrays import check_inputs
+from hal.runtime.cache import cache_folder
 from hal.runtime.cache_options import CacheOptions, parse_kv_cache
 from hal.runtime.saved_state import state_digest
 from hal.runtime.session import Session, find_build
@@ -125,7 +129,11 @@ def compile(
     request = parse_request(quantize, accuracy_budget, size_budget, calibration)
     options = parse_kv_cache(kv_cache)
     job = _Job(targets, verify, fallback, options, progress or (lambda _: None))
-    with bundle_writer(output) as (folder, finish), _beside(folder) as waiting:
+    with (
+        bundle_writer(output) as (folder, finish),
+        _beside(folder) as waiting,
+        _resumable(_name(model, calibration, request)) as unfinished,
+    ):
         job.say("reading the model")
         loaded = frontends.load(model, inputs, dynamic)
         source, assets, graph = loaded.source, loaded.assets, loaded.graph
@@ -150,6 +158,7 @@ def compile(
                 targets[0].descriptor,
                 targets=targets,
                 tokenizer=tokenizer,
+                folder=unfinished,
                 say=job.say,
             )
             reports = [*reports, *more]
@@ -223,7 +232,16 @@ def verify(bundle: Bundle, target: str | None = None, *, against: Any = None) ->
         )
     results = {}
     for name in names:
-        results[name] = _verify_one(bundle, graph, reference, name)
+        try:
+            results[name] = _verify_one(bundle, graph, reference, name)
+        except CheckFailed as error:
+            if against is None or "quantization" not in graph.metadata:
+                raise
+            raise CheckFailed(
+                f"the bundle is quantized, so it differs from {against}: {error.message}",
+                "hal verify without --against checks the builds; hal eval --against says what"
+                " quantization costs",
+            ) from None
     return results
 
 
@@ -411,6 +429,34 @@ def _beside(folder: Path) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(
         prefix=".hal-", dir=folder.parent, ignore_cleanup_errors=True
     )
+
+
+def _name(model: Any, calibration: Any, request: Request | None) -> str:
+    """What tells one long work from another, if it can be found again: files, not objects."""
+    if not isinstance(model, str | Path) or not isinstance(calibration, str | Path):
+        return ""
+    return f"{Path(model).absolute()} {Path(calibration).absolute()} {request}"
+
+
+@contextlib.contextmanager
+def _resumable(name: str) -> Iterator[Path | None]:
+    """A folder for finished layers that stays if the work is interrupted, for the next try.
+
+    None without a ``name``. What an earlier try has left for longer than a week is removed.
+    """
+    if not name:
+        yield None
+        return
+    parent = cache_folder("unfinished")
+    for old in parent.iterdir():
+        if time.time() - old.stat().st_mtime > _WEEK:
+            shutil.rmtree(old, ignore_errors=True)
+    folder = parent / hashlib.sha256(name.encode()).hexdigest()[:16]
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+_WEEK = 7 * 24 * 3600
 
 
 def _write_graph(graph: Graph, folder: Path) -> tuple[Graph, dict[str, FileRecord]]:

@@ -115,6 +115,8 @@ def compile_command(
     """Compile a model into a bundle for one or more targets."""
     if save_plan is not None and quantize is None:
         raise InputError("--save-plan is given, but nothing is to be quantized", "add --quantize")
+    if save_plan is not None and not save_plan.parent.is_dir():
+        raise InputError(f"--save-plan {save_plan}: there is no such folder", "make it first")
     specs = [parse_input(text) for text in inputs or []]
     free = dynamic_of(specs)
     for name, axes in parse_dynamic(dynamic or []).items():

@@ -75,7 +75,11 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 
 def _interrupted() -> int:
-    print_error("error: interrupted", "nothing half-written is left; run the command again")
+    print_error(
+        "error: interrupted",
+        "nothing half-written is left; run the command again: layers that were quantized by"
+        " calibration are kept for it",
+    )
     return _INTERRUPTED
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,8 @@ def print_quantization(facts: Mapping[str, Any] | None, *, each: bool) -> None:
                 for key, found in groups.items()
             ],
         )
+        for reason, count in Counter(x["reason"] for x in layers if x["reason"]).items():
+            print_line(f"{count} of {len(layers)} layers: {reason}")
     if "static" in facts:
         print_line(static_text(facts["static"]))
     if "rotated" in facts:
@@ -120,6 +123,10 @@ def static_text(static: Mapping[str, Any]) -> str:
     return text
 
 
+FEW = 16
+"""Samples, or tokens, below which figures are chance."""
+
+
 def quantization_text(facts: Mapping[str, Any]) -> str:
     """One line: bits per weight, and the figures against the float model if there was data."""
     text = f"{facts['bits_per_weight']:.2f} bits per weight"
@@ -128,8 +135,15 @@ def quantization_text(facts: Mapping[str, Any]) -> str:
         return f"{text}; no data was given to measure what it costs (--calibration)"
     names = {"kl": "KL {:.4g} nats", "top1": "top-1 agreement {:.2%}",
              "ppl": "perplexity {:.4f}x", "cosine": "cosine {:.5f}"}  # fmt: skip
-    parts = [names[name].format(value) for name, value in figures.items()]
-    return f"{text}; against the float model on {facts['samples']} samples: {', '.join(parts)}"
+    parts = [
+        f"{names[name].split()[0]} not a number" if value is None else names[name].format(value)
+        for name, value in figures.items()
+    ]
+    tokens = facts.get("tokens")
+    seen = f"{facts['samples']:,} samples" if tokens is None else f"{tokens:,} tokens"
+    few = (tokens or facts["samples"]) < FEW
+    warning = f" ({seen} are too few to tell)" if few else ""
+    return f"{text}; against the float model on {seen}: {', '.join(parts)}{warning}"
 
 
 def _bits(layers: Sequence[Mapping[str, Any]]) -> float:

@@ -81,7 +81,9 @@ def function_body(model: ir.Model, node: ir.Node) -> ir.Function | None:
     """
     own = model.functions.get(node.op_identifier())
     if own is not None:
-        return own.clone()
+        copy = own.clone()
+        _restate(model, copy)  # where it cannot be, the inliner says so
+        return copy
     schema = schema_of(model, node)
     if schema is None:
         return None
@@ -206,21 +208,28 @@ def _at_model_opset(
 ) -> ir.Function | None:
     """Restate a schema's function in the model's operator sets, or None if that changes it."""
     function = ir.serde.deserialize_function(proto)
+    if not _restate(model, function):
+        return None
+    _add_schema_defaults(model, node)
+    for name in [n for n, attr in node.attributes.items() if attr.type in _GRAPH_ATTRIBUTES]:
+        # The body was made for this very node: it holds the subgraph already.
+        del node.attributes[name]
+    return function
+
+
+def _restate(model: ir.Model, function: ir.Function) -> bool:
+    """State a function in the model's operator sets; False if that would change it."""
     for domain, version in list(function.opset_imports.items()):
         target = model.opset_imports.get(domain)
         if target is None:
             model.opset_imports[domain] = version
         elif target != version:
             if not all(_same_call(inner, version, target) for inner in function.all_nodes()):
-                return None
+                return False
             function.opset_imports[domain] = target
     for inner in function.all_nodes():
         inner.version = None
-    _add_schema_defaults(model, node)
-    for name in [n for n, attr in node.attributes.items() if attr.type in _GRAPH_ATTRIBUTES]:
-        # The body was made for this very node: it holds the subgraph already.
-        del node.attributes[name]
-    return function
+    return True
 
 
 _GRAPH_ATTRIBUTES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)

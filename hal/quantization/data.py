@@ -97,7 +97,13 @@ def _read(path: Path, tokenizer: Path | None) -> Any:
         found = read_numpy(path, "a .npy or .npz file")
         if isinstance(found, np.lib.npyio.NpzFile):
             with found:
-                return {name: found[name] for name in found.files}
+                try:
+                    return {name: found[name] for name in found.files}
+                except ValueError as error:  # Python objects
+                    raise InputError(
+                        f"{path} holds something that is no array of numbers",
+                        "save arrays by input name with numpy.savez",
+                    ) from error
         return found
     try:
         text = path.read_text(encoding="utf-8")

@@ -12,8 +12,10 @@ from hal.descriptor import Descriptor
 from hal.errors import CheckFailed, InputError
 from hal.ir import Graph
 from hal.passes.base import PassReport, Pipeline
-from hal.passes.quantize import METADATA_KEY, Quantize
+from hal.passes.quantize import METADATA_KEY, Quantize, find_layers
 from hal.passes.quantize.formats import DATA_FREE, KINDS, Format, Recipe, Setting
+from hal.passes.quantize.layers import Layer
+from hal.passes.quantize.quantize import shared
 from hal.passes.quantize.static import Kernels
 from hal.quantization.budget import Bound, parse_budget, parse_size
 from hal.quantization.data import load_calibration
@@ -128,6 +130,8 @@ def quantize_graph(
     )
     for each in expected:
         say(f"note: {each}")
+    for text in _unused(plan, find_layers(graph)):
+        say(f"note: {text}")
     float_bytes_read = bytes_read(graph.graph)
     if calibration is not None:
         say("computing what the float model says")
@@ -142,12 +146,17 @@ def quantize_graph(
             judge,
             plan.recipe,
             ladder,
+            held=plan.layers,
+            floor=request.plan is not None,
             bounds=request.bounds,
             size=request.size,
             static=Static(calibration, kernels),
             say=say,
         )
         plan = found.plan
+        if not any(plan.layers.values()):
+            say(f"note: nothing is quantized: floats are what meets {_asked(request)}")
+            return graph, []
     clock = _Clock(say)
     step = Quantize(
         plan.recipe,
@@ -166,11 +175,31 @@ def quantize_graph(
         facts["figures"] = judge.graph(result)
         first = graph.signature().inputs[0].name
         facts["samples"] = sum(len(sample[first]) for sample in judge.samples)
+        if graph.metadata.get("task") == "causal-lm":
+            facts["tokens"] = sum(sample[first].size for sample in judge.samples)
         _require(request.bounds, facts["figures"])
     if found is not None:
         facts["plan"] = plan.to_toml(found.notes)
         facts["budget"] = [str(bound) for bound in request.bounds]
     return result, reports
+
+
+def _unused(plan: Plan, layers: Sequence[Layer]) -> list[str]:
+    """What a recipe names and the model does not have; a plan that was saved names all kinds."""
+    recipe, kinds, found = plan.recipe, {layer.kind for layer in layers}, []
+    for kind in sorted(recipe.named - kinds) if not plan.layers else ():
+        asked = f"{kind}={recipe.setting(kind) or 'float'}"
+        if not shared(kind, layers):
+            found.append(f"{asked} is not used: the model has no such layers")
+        elif recipe.embedding != recipe.head:
+            head = recipe.head or "float"
+            found.append(f"{asked} is not used: the embedding is the head's weight, head={head}")
+    return found
+
+
+def _asked(request: Request) -> str:
+    parts = [str(bound) for bound in request.bounds]
+    return ", ".join(parts + ([f"{request.size:,} bytes"] if request.size is not None else []))
 
 
 def preferred(descriptor: Descriptor, data: bool) -> Recipe:

@@ -129,7 +129,9 @@ def _text(right: np.ndarray, found: np.ndarray, ids: np.ndarray) -> dict[str, fl
         ratio += float(np.sum(p[places] - q[places]))
         kl += float(np.sum(np.exp(p) * (p - q)))
     norms = float(np.sqrt(left * other))
-    figures = {"kl": kl / count, "top1": same / count, "cosine": across / norms if norms else 1.0}
+    figures = {"kl": kl / count, "top1": same / count, "cosine": 1.0 if left == other else 0.0}
+    if norms:
+        figures["cosine"] = across / norms
     return figures | ({"ppl": ratio / (count - 1)} if count > 1 else {})
 
 
@@ -145,4 +147,5 @@ def _cosine(right: np.ndarray, found: np.ndarray) -> float:
     a = right.reshape(len(right), -1).astype(np.float64)
     b = found.reshape(len(found), -1).astype(np.float64)
     size = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return float(np.mean(np.where(size > 0, (a * b).sum(1) / np.where(size > 0, size, 1), 1.0)))
+    alike = (np.square(a).sum(1) == np.square(b).sum(1)).astype(np.float64)  # both zero, or one
+    return float(np.mean(np.where(size > 0, (a * b).sum(1) / np.where(size > 0, size, 1), alike)))

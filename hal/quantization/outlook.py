@@ -24,7 +24,7 @@ from hal.ir.inline import infer_types
 from hal.ir.ops import ensure_functions
 from hal.passes.quantize import Quantize
 from hal.passes.quantize.calibration import Calibration
-from hal.passes.quantize.formats import KINDS, Recipe, Setting
+from hal.passes.quantize.formats import Recipe, Setting
 from hal.passes.quantize.layers import Layer, find_layers
 from hal.targets import ResolvedTarget, load_backend
 from hal.targets.reading import bytes_read
@@ -128,7 +128,8 @@ def _ask(
         if key not in known:
             sample = _sample(layer)
             before = bytes_read(sample.graph)
-            recipe = Recipe(*[Setting(setting.format)] * len(KINDS))
+            plain = Setting(setting.format)
+            recipe = Recipe(plain, plain, plain, plain, plain)
             Quantize(recipe, calibration=_data(sample)).run(sample)
             reads = backend.weights_read(backend.legalize(sample, target.descriptor))
             if reads is None:

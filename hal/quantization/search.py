@@ -79,6 +79,8 @@ def search(
     recipe: Recipe,
     ladder: Sequence[Format],
     *,
+    held: Mapping[str, Setting | None] | None = None,
+    floor: bool = False,
     bounds: Sequence[Bound] = (),
     size: int | None = None,
     static: Static | None = None,
@@ -89,8 +91,10 @@ def search(
     Args:
         graph: the float graph.
         judge: measures it on samples.
-        recipe: its methods are used; its formats are the lowest that are tried.
+        recipe: its methods are used, and kinds that it keeps stay floats.
         ladder: formats from low to high; float comes after the last.
+        held: layers by name that get what is said here and nothing else.
+        floor: the format of a kind that the recipe names is the lowest that is tried for it.
         bounds: on accuracy; all must be met.
         size: bytes that all weights of the model may take.
         static: for layers with static activations; without it their weights alone are rounded.
@@ -107,20 +111,23 @@ def search(
     options = {}
     for index, layer in enumerate(layers):
         say(f"sensitivity of layer {index + 1} of {len(layers)}: {layer.name}")
-        options[layer.name] = _options(layer, judge, recipe, ladder, rounding)
-    fixed = graph.weight_bytes() - sum(found[-1].bytes for found in options.values())
-    trial = _Trial(graph, judge, recipe, layers, options, fixed, rounding)
+        tried = _settings(layer, recipe, ladder, rounding.static.calibration is not None, floor)
+        kept = held is not None and layer.name in held
+        if held is not None and kept:
+            setting = held[layer.name]
+            tried = [] if setting is None else [setting]
+        found = _options(layer, judge, tried, rounding)
+        options[layer.name] = found[:1] if kept else found
+    floats = sum(layer.size * _float_bytes(layer) for layer in layers)
+    fixed = graph.weight_bytes() - floats
+    trial = _Trial(graph, judge, recipe, layers, options, fixed, rounding, frozenset(held or {}))
     if size is not None:
         return trial.within(size, bounds, say)
     return trial.least(bounds, say)
 
 
 def _options(
-    layer: Layer,
-    judge: Judge,
-    recipe: Recipe,
-    ladder: Sequence[Format],
-    rounding: _Rounding,
+    layer: Layer, judge: Judge, settings: Sequence[Setting], rounding: _Rounding
 ) -> list[Choice]:
     """The layer's formats from few bytes to float, each with less damage than the one before."""
     weight = matrix(layer)
@@ -128,8 +135,8 @@ def _options(
     damage: float | None = None
     base = 0.0
     found: list[Choice] = []
-    for setting in _settings(layer, recipe, ladder, rounding.static.calibration is not None):
-        codes = quantize_matrix(weight, setting)
+    for setting in settings:
+        codes = quantize_matrix(weight, _without_data(setting))
         rounded = codes.dequantized()
         if setting.format.static:
             found.append(Choice(setting, codes.nbytes, rounding.damage(layer, setting)))
@@ -145,14 +152,16 @@ def _options(
 
 
 def _settings(
-    layer: Layer, recipe: Recipe, ladder: Sequence[Format], static: bool
+    layer: Layer, recipe: Recipe, ladder: Sequence[Format], static: bool, floor: bool
 ) -> list[Setting]:
     """The layer's settings from few bytes to many, weights alone after static activations."""
-    if layer.kind != "conv":
-        return list(dict.fromkeys(_fitting(layer, recipe, form) for form in ladder))
-    asked = recipe.conv
+    asked = recipe.setting(layer.kind)
     if asked is None:
         return []
+    if layer.kind != "conv":
+        lowest = asked.format.bits if floor and layer.kind in recipe.named else 0
+        forms = [form for form in ladder if form.bits >= lowest]
+        return list(dict.fromkeys(_fitting(layer, recipe, form) for form in forms))
     alone = dataclasses.replace(asked.format, activations=16, static=False)
     tried = [asked] if static or not asked.format.static else []
     tried += [Setting(alone), Setting(dataclasses.replace(alone, bits=8))]
@@ -223,6 +232,11 @@ def _fitting(layer: Layer, recipe: Recipe, form: Format) -> Setting:
     return setting
 
 
+def _without_data(setting: Setting) -> Setting:
+    """The setting with a method that needs none."""
+    return setting if setting.method in DATA_FREE else dataclasses.replace(setting, method="rtn")
+
+
 def _damage(figures: Mapping[str, float]) -> float:
     return figures["kl"] if "kl" in figures else 1 - figures["cosine"]
 
@@ -238,6 +252,7 @@ class _Trial:
     options: Mapping[str, list[Choice]]
     fixed: int
     rounding: _Rounding
+    held: frozenset[str]
     checks: int = 0
 
     def least(self, bounds: Sequence[Bound], say: Say) -> Found:
@@ -270,12 +285,17 @@ class _Trial:
         found = self._checked(picked, say)
         if found.bytes > size:
             raise CheckFailed(
-                f"the weights take {found.bytes:,} bytes at the least, {size:,} are allowed",
+                f"the weights take {found.bytes:,} bytes at the least, {size:,} are allowed;"
+                f" the largest layers are {self._largest(picked)}",
                 "allow more, or a lower format",
             )
         if not all(bound.met(found.figures) for bound in bounds):
-            raise self._missed(bounds, found)
+            raise self._missed(bounds, found, f" within {size:,} bytes")
         return found
+
+    def _largest(self, picked: Mapping[str, int]) -> str:
+        size = {name: self.options[name][i].bytes for name, i in picked.items()}
+        return ", ".join(sorted(size, key=lambda name: -size[name])[:3])
 
     def _choose(self, damage: float | None = None, size: int | None = None) -> dict[str, int]:
         """An option for each layer: start lowest, then buy what saves most damage for its bytes."""
@@ -311,9 +331,12 @@ class _Trial:
         self.checks += 1
         chosen = {name: self.options[name][i] for name, i in picked.items()}
         used = self.fixed + sum(choice.bytes for choice in chosen.values())
-        say(f"checking a plan of {used / 1e6:,.1f} MB")
+        say(f"checking a plan of {used:,} bytes")
         figures = self._figures(chosen)
-        settings = {name: self._real(choice.setting) for name, choice in chosen.items()}
+        settings = {
+            name: choice.setting if name in self.held else self._real(choice.setting)
+            for name, choice in chosen.items()
+        }
         notes = {
             name: f"damage {self.options[name][0].damage:.2g} at the lowest"
             for name, i in picked.items()
@@ -329,7 +352,7 @@ class _Trial:
         for layer in self.layers:
             setting = chosen[layer.name].setting
             if setting is not None:
-                rounded = quantize_matrix(matrix(layer), setting).dequantized()
+                rounded = quantize_matrix(matrix(layer), _without_data(setting)).dequantized()
                 changed[layer.weight.name or ""] = layer.stored(rounded)
         return self.judge.weights(changed)
 
@@ -340,11 +363,11 @@ class _Trial:
             return setting
         return dataclasses.replace(setting, method=linear.method)
 
-    def _missed(self, bounds: Sequence[Bound], found: Found) -> CheckFailed:
+    def _missed(self, bounds: Sequence[Bound], found: Found, within: str = "") -> CheckFailed:
         worst = sorted(self.options, key=lambda n: self.options[n][0].damage, reverse=True)[:3]
         figures = ", ".join(f"{name} {value:.5g}" for name, value in found.figures.items())
         return CheckFailed(
-            f"the budget {', '.join(map(str, bounds))} is not met: the best found has {figures} at"
-            f" {found.bytes / 1e6:,.1f} MB; the worst layers are {', '.join(worst)}",
-            "allow more, add higher formats, or calibrate on more text",
+            f"the budget {', '.join(map(str, bounds))} is not met{within}: the best found has"
+            f" {figures} at {found.bytes:,} bytes; the worst layers are {', '.join(worst)}",
+            "allow more, add higher formats, or calibrate on more data",
         )

@@ -270,7 +270,8 @@ def read_numpy(path: Path, wanted: str) -> Any:
     try:
         return np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path} is not {wanted}: {error}", "save it with numpy") from error
+        # numpy takes what it cannot read for a pickle, and proposes to load it unsafely.
+        raise InputError(f"{path} is not {wanted}", "save numbers with numpy") from error
 
 
 def _score_outputs(

@@ -178,12 +178,14 @@ def _compare_floats(
     relative = RELATIVE_TOLERANCE.get(dtype, fallback_r) + slack
     tolerance = ABSOLUTE_TOLERANCE.get(dtype, fallback_a) + scale * relative
     largest = float(error.max()) if error.size else 0.0
-    result = {
+    result: dict[str, Any] = {
         "passed": bool((finite | same).all()) and largest <= tolerance,
         "max_error": largest,
         "mean_error": float(error.mean()) if error.size else 0.0,
         "tolerance": tolerance,
     }
+    if not (finite | same).all():
+        result["reason"] = "infinities or NaN on one side only"
     if name == "logits" and expected.ndim >= 2 and expected.size:
         agree = left.real.argmax(-1) == right.real.argmax(-1)
         result["top1_agreement"] = float(agree.mean())

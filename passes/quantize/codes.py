@@ -13,6 +13,12 @@ import onnx_ir as ir
 
 from hal.passes.quantize.formats import Format
 
+_LARGEST_SCALE = 65504 / 2
+"""Half the largest float16: searched scales go beyond the plain one."""
+
+_SMALLEST_SCALE = 2.0**-14
+"""The smallest normal float16; below, scales lose their digits."""
+
 _AT_ONCE = 4 << 20
 """Weights that are compared at once."""
 
@@ -68,6 +74,21 @@ class Codes:
         zeros = 0 if self.zero is None else self.zero.size * self.format.bits // 8
         scales = self.scale.size * self.format.scale_dtype.itemsize
         return int(rows * columns * self.format.bits // 8 + scales + zeros)
+
+
+def no_scales(weight: np.ndarray, form: Format) -> str:
+    """Why float16 has no scales for a matrix, or nothing: what it would make of it is lost."""
+    if form.code == "mxfp4":  # powers of two with eight bits of exponent
+        return ""
+    largest = float(np.abs(weight).max(initial=0.0))
+    scale = largest / (form.highest if form.symmetric else form.levels)
+    if scale > _LARGEST_SCALE or 0 < scale < _SMALLEST_SCALE:
+        return f"its numbers, up to {largest:.2g}, are too {_word(scale)} for scales of float16"
+    return ""
+
+
+def _word(scale: float) -> str:
+    return "large" if scale > 1 else "small"
 
 
 def joined(parts: Sequence[Codes]) -> Codes:

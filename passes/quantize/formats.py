@@ -153,6 +153,8 @@ class Recipe:
     head: Setting | None = None
     experts: Setting | None = None
     conv: Setting | None = None
+    named: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
+    """Kinds that were named one by one."""
 
     def setting(self, kind: str) -> Setting | None:
         """The setting of layers of ``kind``."""
@@ -191,7 +193,13 @@ def parse_format(text: str) -> Format:
         ternary=kind == "ternary",
         code=kind if kind in _FLOATS else "integer",
     )
+    said: dict[str, str] = {}
     for option in options:
+        about = {"sym": "zero points", "asym": "zero points", "static": option}.get(option, "group")
+        if said.setdefault(about, option) != option:
+            raise InputError(
+                f"{text!r} says both {said[about]!r} and {option!r}", f"keep one; {_HINT}"
+            )
         if option == "channel":
             form = dataclasses.replace(form, group=0)
         elif option == "static":
@@ -287,10 +295,11 @@ def parse_recipe(text: str) -> Recipe:
                 f"{other.strip()!r} is no KIND=FORMAT",
                 f"{did_you_mean(kind, KINDS[1:])}; as in head=w8a16 or embedding=float",
             )
-        found = parse_setting(setting)
-        recipe = dataclasses.replace(
-            recipe, **{kind: conv_setting(found) if kind == "conv" else found}
-        )
+        if kind in recipe.named:
+            raise InputError(f"{text!r} names {kind} twice", "keep one")
+        found = conv_setting(parse_setting(setting)) if kind == "conv" else parse_setting(setting)
+        named = recipe.named | {kind}
+        recipe = dataclasses.replace(recipe, named=named, **{kind: found})
     return recipe
 
 

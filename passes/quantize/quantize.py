@@ -16,7 +16,7 @@ from hal.passes._edit import remove_unused
 from hal.passes.base import Outcome, Pass
 from hal.passes.quantize.awq import search_scales, weighted_rounding
 from hal.passes.quantize.calibration import Calibration, Statistics
-from hal.passes.quantize.codes import Codes, joined
+from hal.passes.quantize.codes import Codes, joined, no_scales
 from hal.passes.quantize.convolutions import put_convolution
 from hal.passes.quantize.experts import down_statistics, gate_up_statistics, is_down
 from hal.passes.quantize.finished import Finished
@@ -189,6 +189,12 @@ class Quantize(Pass):
                 raise InputError(f"no layer {name!r} in the model", unknown_layer(name, layers))
         basis = frozenset() if turned is None else turned.basis
         chosen = [(layer, *self._setting(layer, basis)) for layer in layers]
+        asked = [self.recipe.setting(layer.kind) for layer in layers]
+        if layers and not any([*asked, *self.settings.values()]):
+            raise InputError(
+                f"quantize={str(self.recipe)!r} keeps all {len(layers)} layers as they are",
+                "leave it out, or name a format such as w4a16",
+            )
         if not any(setting is not None for _, setting, _ in chosen):
             raise InputError(
                 f"quantize={str(self.recipe)!r}: the model has no weights for it",
@@ -218,6 +224,11 @@ class Quantize(Pass):
         if setting is None:
             return None, "the recipe keeps it"
         return suited(layer, setting)
+
+
+def shared(kind: str, layers: Sequence[Layer]) -> bool:
+    """Whether the embedding's weight is the head's, which then says what it gets."""
+    return kind == "embedding" and any(x.kind == "head" and looked_up(x) for x in layers)
 
 
 def matrix(layer: Layer) -> np.ndarray:
@@ -281,8 +292,11 @@ class _Work:
         self, layer: Layer, setting: Setting, reason: str, seen: Seen | None = None
     ) -> None:
         """Quantize a layer, with what it has ``seen`` if the method looks at data."""
-        self._begin(layer)
         weight = matrix(layer)
+        if misfit := no_scales(weight, setting.format):
+            self.keep(layer, misfit)
+            return
+        self._begin(layer)
         key = self._finished.key(layer.name, setting, weight)
         codes = None
         if layer.name in self._scales:
