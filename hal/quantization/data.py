@@ -54,6 +54,23 @@ def load_calibration(
     return found
 
 
+def check_readable(path: Path) -> None:
+    """Find what is wrong with a file of calibration data without its model, before long work.
+
+    Raises:
+        InputError: there is nothing, it is empty, or not what its name says.
+    """
+    if path.is_dir():
+        return
+    if path.suffix in (".npy", ".npz"):
+        found = _arrays(path)
+        for array in found.values() if isinstance(found, dict) else [found]:
+            if not array.size:
+                raise InputError(f"{path} is empty", f"give {_KINDS}")
+    elif not _text(path).strip():
+        raise InputError(f"{path} is empty", f"give {_KINDS}")
+
+
 def _calibration(given: Any, graph: Graph, folder: Path | None) -> Calibration:
     if isinstance(given, Mapping):
         arrays = {name: np.asarray(value) for name, value in given.items()}
@@ -92,25 +109,34 @@ def _in_calls(graph: Graph, arrays: dict[str, np.ndarray]) -> list[dict[str, np.
     ] or [arrays]
 
 
-def _read(path: Path, tokenizer: Path | None) -> Any:
-    if path.suffix in (".npy", ".npz"):
-        found = read_numpy(path, "a .npy or .npz file")
-        if isinstance(found, np.lib.npyio.NpzFile):
-            with found:
-                try:
-                    return {name: found[name] for name in found.files}
-                except ValueError as error:  # Python objects
-                    raise InputError(
-                        f"{path} holds something that is no array of numbers",
-                        "save arrays by input name with numpy.savez",
-                    ) from error
+def _arrays(path: Path) -> Any:
+    """An array, or arrays by name."""
+    found = read_numpy(path, "a .npy or .npz file")
+    if not isinstance(found, np.lib.npyio.NpzFile):
         return found
+    with found:
+        try:
+            return {name: found[name] for name in found.files}
+        except ValueError as error:  # Python objects
+            raise InputError(
+                f"{path} holds something that is no array of numbers",
+                "save arrays by input name with numpy.savez",
+            ) from error
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}", "check the path") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no UTF-8 text: {error}", f"give {_KINDS}") from error
+
+
+def _read(path: Path, tokenizer: Path | None) -> Any:
+    if path.suffix in (".npy", ".npz"):
+        return _arrays(path)
+    text = _text(path)
     if tokenizer is None:
         raise InputError(
             "the model has no tokenizer, so a text cannot calibrate it",
@@ -137,4 +163,4 @@ def _in_windows(tokens: np.ndarray, graph: Graph) -> np.ndarray:
     return np.stack([tokens[start : start + length] for start in starts])
 
 
-__all__ = ["Calibration", "Sample", "load_calibration"]
+__all__ = ["Calibration", "Sample", "check_readable", "load_calibration"]

@@ -18,7 +18,7 @@ from hal.passes.quantize.layers import Layer
 from hal.passes.quantize.quantize import shared
 from hal.passes.quantize.static import Kernels
 from hal.quantization.budget import Bound, parse_budget, parse_size
-from hal.quantization.data import load_calibration
+from hal.quantization.data import check_readable, load_calibration
 from hal.quantization.judge import Judge
 from hal.quantization.outlook import outlook
 from hal.quantization.plan import Plan, plan_of
@@ -76,6 +76,8 @@ def parse_request(
             "add calibration (--calibration): a text file, a .npy of token ids, an .npz or a"
             " folder of images",
         )
+    if isinstance(calibration, str | Path):
+        check_readable(Path(calibration))
     auto = quantize == AUTO
     implied = auto and not budget and calibration is not None
     if implied:
