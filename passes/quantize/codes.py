@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,9 @@ _LARGEST_SCALE = 65504 / 2
 
 _SMALLEST_SCALE = 2.0**-14
 """The smallest normal float16; below, scales lose their digits."""
+
+_IN_MEMORY = 1 << 18
+"""Bytes of codes that are not worth a file."""
 
 _AT_ONCE = 4 << 20
 """Weights that are compared at once."""
@@ -113,14 +117,26 @@ def pack(codes: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Te
     bits = int(dtype.itemsize * 8)
     flat = codes.reshape(-1).view(np.uint8)
     if bits == 8:
-        return ir.Tensor(flat.view(dtype.numpy()).reshape(shape), dtype)
+        return ir.Tensor(in_a_file(flat).view(dtype.numpy()).reshape(shape), dtype)
     each = 8 // bits
     apart = np.concatenate([flat, np.zeros(-flat.size % each, np.uint8)]).reshape(-1, each)
     apart &= np.uint8((1 << bits) - 1)
     packed = apart[:, 0].copy()
     for place in range(1, each):
         packed |= apart[:, place] << np.uint8(place * bits)
-    return ir.PackedTensor(packed, dtype, shape=shape)
+    return ir.PackedTensor(in_a_file(packed), dtype, shape=shape)
+
+
+def in_a_file(array: np.ndarray) -> np.ndarray:
+    """The same bytes, mapped from a file without a name if they are many.
+
+    A model's codes wait there until they are written: memory that the system can take back.
+    """
+    if array.nbytes < _IN_MEMORY:
+        return array
+    with tempfile.TemporaryFile() as file:
+        array.tofile(file)
+        return np.memmap(file, array.dtype, "r+", shape=array.shape)
 
 
 def pack_three_bits(codes: np.ndarray) -> np.ndarray:

@@ -61,11 +61,11 @@ def gptq(
 ) -> Codes:
     """Quantize a matrix ``[N, K]`` float32 for the inputs that ``statistics`` tells of."""
     options = options or Options()
-    gram = statistics.gram.copy()
-    mean = float(np.trace(gram, dtype=np.float64)) / len(gram)
+    mean = float(np.trace(statistics.gram, dtype=np.float64)) / len(statistics.gram)
     if mean <= 0 or not np.isfinite(mean):
         return round_to_nearest(weight, form)
     change, extra = _correction(statistics, options, mean)
+    gram = statistics.gram.copy()
     gram[np.diag_indices_from(gram)] += np.float32(mean * options.damping)
     plan = _Plan.of(gram, form, options)
 
@@ -308,6 +308,7 @@ def _upper_factor(gram: np.ndarray) -> np.ndarray:
         factor = lower_factor(flipped)
     except np.linalg.LinAlgError:
         factor = lower_factor(flipped.astype(np.float64)).astype(np.float32)
+    del flipped
     return np.ascontiguousarray(factor[::-1, ::-1])
 
 
