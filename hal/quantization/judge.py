@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from hal.ir import Graph
 from hal.ir.evaluate import Evaluator
-from hal.passes.quantize.calibration import Sample
+from hal.passes._edit import is_op
+from hal.passes.quantize.calibration import Calibration, Sample
+from hal.passes.quantize.streaming import Stage, Walk
 from hal.runtime.scoring import log_softmax
 
 LOGITS = "logits"
@@ -20,6 +24,9 @@ _KEPT_BYTES = 256 << 20
 
 _POSITIONS = 4096
 """Positions of a language model that figures are means of."""
+
+_MADE = 32 << 20
+"""Weights that are made floats of at a time: 128 MiB, and as much again for them transposed."""
 
 _AT_ONCE = 1 << 21
 """Logits that are brought to float64 together."""
@@ -90,17 +97,30 @@ class Judge:
         if self._evaluator is None:  # it holds memory that other work can use until now
             self._evaluator = Evaluator(self._float, [self._name])
         evaluator = self._evaluator
-        return self._figures(lambda sample: evaluator(sample, changed), limit)
+        return self._figures(lambda i: evaluator(self.samples[i], changed)[self._name], limit)
 
     def graph(self, graph: Graph) -> dict[str, float]:
         """Figures of another graph: ``kl``, ``top1``, ``ppl``, ``cosine``, as far as they apply."""
-        return self._figures(Evaluator(graph, [self._name]), None)
+        cuts = _cuts(graph)
+        if not cuts:
+            run = Evaluator(graph, [self._name])
+            return self._figures(lambda i: run(self.samples[i])[self._name], None)
+        stages = [Stage((name,), ()) for name in (*cuts, self._name)]
+        walk = Walk(graph, Calibration(self.samples), stages)
+        try:
+            for stage in stages:
+                walk.reach(stage.values)
+            return self._figures(lambda i: walk.value(i, self._name), None)
+        finally:
+            walk.close()
 
-    def _figures(self, run: Any, limit: int | None) -> dict[str, float]:
+    def _figures(self, run: Callable[[int], Any], limit: int | None) -> dict[str, float]:
+        """Means over samples, whose results ``run`` gives by number."""
         totals: dict[str, float] = {}
         count = 0
-        for sample, right in list(zip(self.samples, self._right, strict=True))[:limit]:
-            found = np.asarray(run(sample)[self._name], np.float32)
+        pairs = list(zip(self.samples, self._right, strict=True))[:limit]
+        for index, (sample, right) in enumerate(pairs):
+            found = np.asarray(run(index), np.float32)
             ids = np.asarray(sample[self._tokens])[0] if self._language else None
             rows = _text(right, found, ids) if ids is not None else _outputs(right, found)
             for name, value in rows.items():
@@ -110,6 +130,26 @@ class Judge:
         if "ppl" in means:
             means["ppl"] = float(np.exp(means["ppl"]))
         return means
+
+
+def _cuts(graph: Graph) -> list[str]:
+    """Values between which a graph makes no more floats of its codes than fit in memory.
+
+    A runtime makes all weights of a graph at once, since they depend on nothing.
+    """
+    found, made = [], 0
+    last: ir.Node | None = None
+    for node in graph.graph:
+        if is_op(node, "DequantizeLinear") and node.inputs[0] is not None:
+            shape = node.inputs[0].shape
+            size = math.prod(d for d in shape or () if isinstance(d, int))
+            if made and made + size > _MADE and last is not None:
+                found.append(last.outputs[0].name or "")
+                made = 0
+            made += size
+        elif is_op(node, "MatMul"):
+            last = node
+    return list(dict.fromkeys(found))
 
 
 def _text(right: np.ndarray, found: np.ndarray, ids: np.ndarray) -> dict[str, float]:

@@ -19,7 +19,7 @@ from hal.ir import Graph, TensorSpec
 Sample = Mapping[str, np.ndarray]
 """Arrays by input name, state included."""
 
-_TOKENS_AT_ONCE = 2048
+_TOKENS_AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
