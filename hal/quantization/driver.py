@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -159,6 +160,7 @@ def quantize_graph(
         if not any(plan.layers.values()):
             say(f"note: nothing is quantized: floats are what meets {_asked(request)}")
             return graph, []
+    gc.collect()  # float sessions and their graphs, which refer to themselves
     clock = _Clock(say)
     step = Quantize(
         plan.recipe,
