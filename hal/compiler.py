@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import hashlib
 import shutil
 import tempfile
@@ -44,6 +43,7 @@ from hal.ir import Graph, TensorSpec
 from hal.ir.cache_plan import CachePlan
 from hal.ir.verify import verify as verify_graph
 from hal.ir.weights import write_weights
+from hal.memory import give_back
 from hal.passes import default_pipeline
 from hal.passes.base import Pipeline
 from hal.passes.cache_layout import CacheLayout
@@ -150,7 +150,7 @@ def compile(
         if request is not None:
             # Layers are taken from there one at a time.
             write_weights(graph, Path(waiting), keep_files=True)
-            gc.collect()  # the module and the graphs before refer to themselves
+            give_back()  # the module and the graphs before
             tokenizer = assets.get("tokenizer.json")
             graph, more = quantize_graph(
                 graph,

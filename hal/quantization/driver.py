@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from hal.descriptor import Descriptor
 from hal.errors import CheckFailed, InputError
 from hal.ir import Graph
+from hal.memory import give_back
 from hal.passes.base import PassReport, Pipeline
 from hal.passes.quantize import METADATA_KEY, Quantize, find_layers
 from hal.passes.quantize.formats import DATA_FREE, KINDS, Format, Recipe, Setting
@@ -160,7 +160,7 @@ def quantize_graph(
         if not any(plan.layers.values()):
             say(f"note: nothing is quantized: floats are what meets {_asked(request)}")
             return graph, []
-    gc.collect()  # float sessions and their graphs, which refer to themselves
+    give_back()  # float sessions and their graphs
     clock = _Clock(say)
     step = Quantize(
         plan.recipe,
