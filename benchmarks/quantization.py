@@ -43,37 +43,24 @@ from rich.console import Console
 
 import hal
 
-FORMATS: dict[str, tuple[str, ...]] = {
-    "w8a16": ("rtn", "hqq", "gptq"),
-    "w8a16-channel": ("rtn", "gptq"),
-    "w8a8": ("rtn", "smooth", "gptq"),
-    "w8a8-channel": ("rtn", "smooth", "gptq", "rtn+rotate"),
-    "fp8": ("rtn", "gptq"),
-    "fp8-channel": ("rtn", "gptq"),
-    "w4a16-g16": ("rtn", "gptq"),
-    "w4a16": ("rtn", "hqq", "awq", "gptq", "gptq+rotate"),
-    "w4a16-asym": ("rtn", "hqq", "awq", "gptq"),
-    "w4a16-g64": ("rtn", "gptq", "gptq+rotate"),
-    "w4a16-g64-asym": ("rtn", "gptq", "gptq+rotate"),
-    "w4a16-channel": ("rtn", "gptq", "gptq+rotate"),
-    "w4a8": ("rtn", "smooth", "gptq"),
-    "mxfp4": ("rtn", "gptq"),
-    "w3a16": ("rtn", "hqq", "awq", "gptq", "gptq+rotate"),
-    "w3a16-g64": ("rtn", "gptq"),
-    "w3a16-g64-asym": ("gptq",),
-    "w2a16-g16": ("rtn", "gptq"),
-    "w2a16": ("rtn", "hqq", "awq", "gptq", "gptq+rotate"),
-    "w2a16-asym": ("rtn", "hqq", "gptq", "gptq+rotate"),
-    "w2a16-g64": ("rtn", "gptq", "gptq+rotate"),
-    "w2a16-g256": ("gptq", "gptq+rotate"),
-    "ternary": ("rtn", "hqq", "gptq", "gptq+rotate"),
-}
-"""Formats, and the methods that are tried with each."""
+METHODS = ("rtn", "hqq", "awq", "gptq", "gptq+rotate")
+"""What is tried with every format; ``smooth`` where activations are rounded as well."""
+
+FORMATS = (
+    "w8a16", "w8a16-channel", "w8a8", "w8a8-channel", "fp8", "fp8-channel", "w4a16-g16", "w4a16",
+    "w4a16-asym", "w4a16-g64", "w4a16-g64-asym", "w4a16-channel", "w4a8", "mxfp4", "w3a16",
+    "w3a16-g64", "w3a16-g64-asym", "w2a16-g16", "w2a16", "w2a16-asym", "w2a16-g64", "w2a16-g256",
+    "ternary",
+)  # fmt: skip
 
 
 def recipes() -> list[str]:
     """Every format with each of its methods."""
-    return [f"{name}:{method}" for name, methods in FORMATS.items() for method in methods]
+    return [
+        f"{name}:{method}"
+        for name in FORMATS
+        for method in (*METHODS, *(["smooth"] if "a8" in name else []))
+    ]
 
 
 def machine() -> dict[str, Any]:

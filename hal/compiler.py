@@ -7,13 +7,10 @@ failed compile leaves nothing behind.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +40,15 @@ from hal.ir import Graph, TensorSpec
 from hal.ir.cache_plan import CachePlan
 from hal.ir.verify import verify as verify_graph
 from hal.ir.weights import write_weights
-from hal.memory import give_back
 from hal.passes import default_pipeline
 from hal.passes.base import Pipeline
 from hal.passes.cache_layout import CacheLayout
 from hal.passes.pick_positions import PickPositions
-from hal.quantization import Plan, Request, parse_request, quantize_graph
+from hal.quantization import Plan, beside, parse_request, quantize_graph, resumable
 from hal.runtime import verification
 from hal.runtime.arrays import check_inputs
-from hal.runtime.cache import cache_folder
 from hal.runtime.cache_options import CacheOptions, parse_kv_cache
+from hal.runtime.memory import give_back
 from hal.runtime.saved_state import state_digest
 from hal.runtime.session import Session, find_build
 from hal.targets import ResolvedTarget, load_backend, resolve
@@ -131,8 +127,8 @@ def compile(
     job = _Job(targets, verify, fallback, options, progress or (lambda _: None))
     with (
         bundle_writer(output) as (folder, finish),
-        _beside(folder) as waiting,
-        _resumable(_name(model, calibration, request)) as unfinished,
+        beside(folder) as waiting,
+        resumable(model, calibration, request) as unfinished,
     ):
         job.say("reading the model")
         loaded = frontends.load(model, inputs, dynamic)
@@ -148,16 +144,14 @@ def compile(
         graph, reports = default_pipeline(targets[0].descriptor, options.carry).run(graph)
         _check_cache(graph, kv_cache, options)
         if request is not None:
-            # Layers are taken from there one at a time.
             write_weights(graph, Path(waiting), keep_files=True)
             give_back()  # the module and the graphs before
-            tokenizer = assets.get("tokenizer.json")
             graph, more = quantize_graph(
                 graph,
                 request,
                 targets[0].descriptor,
                 targets=targets,
-                tokenizer=tokenizer,
+                tokenizer=assets.get("tokenizer.json"),
                 folder=unfinished,
                 say=job.say,
             )
@@ -235,13 +229,8 @@ def verify(bundle: Bundle, target: str | None = None, *, against: Any = None) ->
         try:
             results[name] = _verify_one(bundle, graph, reference, name)
         except CheckFailed as error:
-            if against is None or "quantization" not in graph.metadata:
-                raise
-            raise CheckFailed(
-                f"the bundle is quantized, so it differs from {against}: {error.message}",
-                "hal verify without --against checks the builds; hal eval --against says what"
-                " quantization costs",
-            ) from None
+            quantized = against is not None and "quantization" in graph.metadata
+            raise (verification.quantized(error, against) if quantized else error) from None
     return results
 
 
@@ -422,41 +411,6 @@ def _tensor_record(spec: TensorSpec) -> TensorRecord:
     return TensorRecord(
         **{**dataclasses.asdict(spec), "dims": None if spec.dims is None else list(spec.dims)}
     )
-
-
-def _beside(folder: Path) -> tempfile.TemporaryDirectory[str]:
-    """A folder for what need not stay in memory, on the disk that the bundle is written to."""
-    return tempfile.TemporaryDirectory(
-        prefix=".hal-", dir=folder.parent, ignore_cleanup_errors=True
-    )
-
-
-def _name(model: Any, calibration: Any, request: Request | None) -> str:
-    """What tells one long work from another, if it can be found again: files, not objects."""
-    if not isinstance(model, str | Path) or not isinstance(calibration, str | Path):
-        return ""
-    return f"{Path(model).absolute()} {Path(calibration).absolute()} {request}"
-
-
-@contextlib.contextmanager
-def _resumable(name: str) -> Iterator[Path | None]:
-    """A folder for finished layers that stays if the work is interrupted, for the next try.
-
-    None without a ``name``. What an earlier try has left for longer than a week is removed.
-    """
-    if not name:
-        yield None
-        return
-    parent = cache_folder("unfinished")
-    for old in parent.iterdir():
-        if time.time() - old.stat().st_mtime > _WEEK:
-            shutil.rmtree(old, ignore_errors=True)
-    folder = parent / hashlib.sha256(name.encode()).hexdigest()[:16]
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-_WEEK = 7 * 24 * 3600
 
 
 def _write_graph(graph: Graph, folder: Path) -> tuple[Graph, dict[str, FileRecord]]:

@@ -11,7 +11,6 @@ from typing import Any
 from hal.descriptor import Descriptor
 from hal.errors import CheckFailed, InputError
 from hal.ir import Graph
-from hal.memory import give_back
 from hal.passes.base import PassReport, Pipeline
 from hal.passes.quantize import METADATA_KEY, Quantize, find_layers
 from hal.passes.quantize.formats import DATA_FREE, KINDS, Format, Recipe, Setting
@@ -24,6 +23,7 @@ from hal.quantization.judge import Judge
 from hal.quantization.outlook import outlook
 from hal.quantization.plan import Plan, plan_of
 from hal.quantization.search import Found, Static, search
+from hal.runtime.memory import give_back
 from hal.targets import ResolvedTarget
 from hal.targets.reading import bytes_read
 

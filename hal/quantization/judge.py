@@ -13,7 +13,6 @@ import onnx_ir as ir
 
 from hal.ir import Graph
 from hal.ir.evaluate import Evaluator
-from hal.passes._edit import is_op
 from hal.passes.quantize.calibration import Calibration, Sample
 from hal.passes.quantize.streaming import Stage, Walk
 from hal.runtime.scoring import log_softmax
@@ -140,14 +139,14 @@ def _cuts(graph: Graph) -> list[str]:
     found, made = [], 0
     last: ir.Node | None = None
     for node in graph.graph:
-        if is_op(node, "DequantizeLinear") and node.inputs[0] is not None:
+        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None:
             shape = node.inputs[0].shape
             size = math.prod(d for d in shape or () if isinstance(d, int))
             if made and made + size > _MADE and last is not None:
                 found.append(last.outputs[0].name or "")
                 made = 0
             made += size
-        elif is_op(node, "MatMul"):
+        elif node.op_type == "MatMul":
             last = node
     return list(dict.fromkeys(found))
 

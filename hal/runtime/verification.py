@@ -216,6 +216,15 @@ def require(figures: Mapping[str, Any], target: str, diverges: Callable[[], str]
     )
 
 
+def quantized(error: CheckFailed, against: object) -> CheckFailed:
+    """The same failure of a quantized bundle beside a model of floats, where it is none."""
+    return CheckFailed(
+        f"the bundle is quantized, so it differs from {against}: {error.message}",
+        "hal verify without --against checks the builds; hal eval --against says what"
+        " quantization costs",
+    )
+
+
 def first_divergence(
     graph: Graph,
     step: Step,

@@ -39,8 +39,8 @@ def test_token_batches_come_with_state_that_has_seen_nothing() -> None:
     axes = ("batch", "head", "position", "channel")
     graph.state = (State("0.key", "past", "present", "key", axes, 2),)
     found = Calibration.from_tokens(graph, np.zeros((150, 20), np.int32))
-    assert [s["ids"].shape for s in found.samples] == [(102, 20), (48, 20)]
-    assert found.samples[1]["past"].shape == (48, 2, 0, 8)
+    assert [s["ids"].shape for s in found.samples] == [(51, 20), (51, 20), (48, 20)]
+    assert found.samples[2]["past"].shape == (48, 2, 0, 8)
     assert found.samples[0]["ids"].dtype == np.int64
     found.check(graph)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hal.memory import give_back
+from hal.runtime.memory import give_back
 
 
 def _private() -> int:
