@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +24,8 @@ _SMALLEST_SCALE = 2.0**-14
 
 _IN_MEMORY = 1 << 18
 """Bytes of codes that are not worth a file."""
+
+_FILE_BYTES = 256 << 20
 
 _AT_ONCE = 4 << 20
 """Weights that are compared at once."""
@@ -128,15 +132,30 @@ def pack(codes: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Te
 
 
 def in_a_file(array: np.ndarray) -> np.ndarray:
-    """The same bytes, mapped from a file without a name if they are many.
+    """The same bytes, uint8, mapped from a file without a name if they are many.
 
-    A model's codes wait there until they are written: memory that the system can take back.
+    A model's codes wait there until they are written: memory that the system can take back. Many
+    share a file, since each mapping keeps one open.
     """
     if array.nbytes < _IN_MEMORY:
         return array
-    with tempfile.TemporaryFile() as file:
-        array.tofile(file)
-        return np.memmap(file, array.dtype, "r+", shape=array.shape)
+    with _LOCK:
+        start = _FILE.get("end", 0)
+        if "map" not in _FILE or start + array.nbytes > len(_FILE["map"]):
+            start, size = 0, max(_FILE_BYTES, array.nbytes)
+            with tempfile.TemporaryFile() as file:
+                file.truncate(size)  # takes no room before it is written
+                _FILE["map"] = np.memmap(file, np.uint8, "r+", shape=(size,))
+        _FILE["end"] = start + array.nbytes
+        found: np.ndarray = _FILE["map"][start : start + array.nbytes]
+    found[:] = array
+    return found
+
+
+_FILE: dict[str, Any] = {}
+"""The file that codes go to now; it is gone when no codes in it are used and it is full."""
+
+_LOCK = threading.Lock()
 
 
 def pack_three_bits(codes: np.ndarray) -> np.ndarray:

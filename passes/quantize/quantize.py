@@ -332,6 +332,8 @@ class _Work:
         if node is None or any(x.products[0].inputs[0] is not value for x, _ in stage):
             return
         weights, forms = [matrix(x) for x, _ in stage], [s.format for _, s in stage]
+        if any(no_scales(weight, form) for weight, form in zip(weights, forms, strict=True)):
+            return
         if method == "smooth":
             found = search_strength(weights, forms, seen.sample(SAMPLE))
         else:
@@ -389,7 +391,9 @@ class _Work:
 
     def prepare(self, layer: Layer, setting: Setting) -> None:
         """Round a weight that is looked up as well as multiplied: its look-up comes first."""
-        put(self.graph, layer, round_to_nearest(matrix(layer), setting.format))
+        weight = matrix(layer)
+        if not no_scales(weight, setting.format):
+            put(self.graph, layer, round_to_nearest(weight, setting.format))
 
     def _begin(self, layer: Layer) -> None:
         self.tell(layer.name)

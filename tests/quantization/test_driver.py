@@ -10,6 +10,7 @@ import pytest
 
 from hal.errors import CheckFailed, InputError
 from hal.ir import Graph
+from hal.ir.evaluate import evaluate
 from hal.passes.quantize import METADATA_KEY
 from hal.passes.quantize.gptq import gptq
 from hal.passes.quantize.streaming import Walk
@@ -175,3 +176,28 @@ def test_large_graphs_are_judged_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("hal.quantization.judge.Walk", Noted)
     assert judge.graph(made) == pytest.approx(whole)
     assert len(parts) == 2
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_weight_that_stays_a_float_is_left_as_it_is(method: str) -> None:
+    toy = Toy(x=["batch", 64])
+    ids = toy.add_input("ids", ["batch"], "INT64")
+    table = toy.constant(
+        np.random.default_rng(0).standard_normal((96, 64)).astype(np.float32) * 1e8
+    )
+    scaled = toy("Mul", toy.x, toy.constant(np.linspace(0.1, 9, 64, dtype=np.float32)))
+    other = toy("MatMul", scaled, toy.weight(64, 80))
+    toy.output(other, "other")
+    toy.output(toy("Add", toy("Gather", table, ids), toy.x), "looked_up")
+    toy.output(toy("MatMul", scaled, toy("Transpose", table, perm=[1, 0])), "y")
+    graph = toy.graph()
+    given = {
+        "x": np.random.default_rng(1).standard_normal((32, 64)).astype(np.float32),
+        "ids": np.arange(32, dtype=np.int64),
+    }
+    made, _ = run(graph, f"w4a16:{method},head=w4a16:{method}", given)
+    assert "float" in {x["format"] for x in made.metadata[METADATA_KEY]["layers"]}
+    before, after = evaluate(graph, given), evaluate(made, given)
+    for name in ("looked_up", "y"):
+        np.testing.assert_allclose(after[name], before[name], rtol=1e-5)
+    assert not np.array_equal(after["other"], before["other"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hal.passes.quantize.codes import Codes
+from hal.passes.quantize.codes import Codes, in_a_file
 from hal.passes.quantize.formats import Format, parse_format
 from hal.passes.quantize.grid import STORED, round_to_grid
 from hal.passes.quantize.hqq import half_quadratic
@@ -113,3 +115,15 @@ def test_important_columns_are_rounded_better() -> None:
     wrong = (weight - round_to_nearest(weight, form).dequantized())[:, ::8]
     less = (weight - round_to_nearest(weight, form, importance).dequantized())[:, ::8]
     assert (less**2).sum() < 0.8 * (wrong**2).sum()
+
+
+def test_codes_of_many_layers_share_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hal.passes.quantize.codes._FILE", {})
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    arrays = [np.full(1 << 18, i, np.uint8) for i in range(40)]
+    found = [in_a_file(array) for array in arrays]
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+    for array, mapped in zip(arrays, found, strict=True):
+        assert mapped is not array
+        np.testing.assert_array_equal(mapped, array)
+    assert in_a_file(arrays[0][:8]) is not found[0]
