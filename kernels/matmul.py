@@ -15,7 +15,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T  # noqa: N812
 
-from hal.kernels.emitting import ATTRIBUTES, i64, vector
+from hal.kernels.emitting import ATTRIBUTES, i64, remaining, vector
 from hal.kernels.vectors import span, spread
 
 DEPTH = 8
@@ -183,11 +183,6 @@ def _blocks(
         with T.serial(i64(0), i64(parts)) as part:
             with T.serial(i64(0), whole) as i:
                 product(first + i * i64(rows), rows, part)
-            height = rows // 2
-            while height:
-                above = i64(2 * height)
-                before = tirx.floordiv(tirx.floormod(count, i64(rows)), above) * above
-                odd = tirx.floormod(tirx.floordiv(count, i64(height)), i64(2)) == i64(1)
-                with T.If(odd), T.Then():
-                    product(T.Bind(done + before), height, part)
-                height //= 2
+            remaining(
+                count, rows, lambda before, height: product(T.Bind(done + before), height, part)
+            )

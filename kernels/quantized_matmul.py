@@ -22,7 +22,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T  # noqa: N812
 
-from hal.kernels.emitting import ATTRIBUTES, i64, vector
+from hal.kernels.emitting import ATTRIBUTES, i64, remaining, vector
 from hal.kernels.quantized_layout import Dot, Layout
 from hal.kernels.vectors import span, spread
 
@@ -155,16 +155,13 @@ def _many_rows(layout: Layout, dot: Dot | None, buffers: dict[str, Any], m: Any,
                 product = _Product(layout, dot, buffers, registers, block, [tile], most)
                 product.rows(first + i * i64(most))
             done = T.Bind(first + whole * i64(most))
-            rest = most // 2
-            while rest:
-                above = i64(2 * rest)
-                before = tirx.floordiv(tirx.floormod(count, i64(most)), above) * above
-                odd = tirx.floormod(tirx.floordiv(count, i64(rest)), i64(2)) == i64(1)
-                with T.If(odd), T.Then():
-                    fresh = whole == i64(0)
-                    product = _Product(layout, dot, buffers, registers, block, [tile], rest, fresh)
-                    product.rows(done + before)
-                rest //= 2
+
+            def rest(before: Any, height: int) -> None:
+                fresh = whole == i64(0)
+                product = _Product(layout, dot, buffers, registers, block, [tile], height, fresh)
+                product.rows(done + before)
+
+            remaining(count, most, rest)
 
 
 class _Product:

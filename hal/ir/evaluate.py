@@ -26,12 +26,16 @@ from hal.errors import GraphError, InputError, did_you_mean
 from hal.ir.graph import Graph
 from hal.ir.inline import function_body, inline_functions
 from hal.ir.ortvalue import as_numpy, from_ort, to_ort
+from hal.ir.parts import split
 from hal.ir.small_floats import restate_small_floats
 
 _OLDER = 26
 _ONLY_NEW_DTYPES = {"Cast", "DepthToSpace", "DequantizeLinear", "QuantizeLinear", "SpaceToDepth"}
 """Ops whose newest revisions add dtypes, which a model that runs with the older ones does not have.
 """
+
+_MADE = 32 << 20
+"""Codes that are made floats of at a time: 128 MiB, and as much again for them transposed."""
 
 _EMBED_LIMIT = 4096  # bytes; larger initializers are fed as inputs
 
@@ -61,8 +65,44 @@ class Evaluator:
         Raises:
             GraphError: ``outputs`` names no value.
         """
+        wanted = [v.name or "" for v in graph.graph.outputs] if outputs is None else outputs
+        known = {v.name or "": v for v in _values(graph.graph)}
+        for name in wanted:
+            if name not in known:
+                raise GraphError(f"no value {name!r} in the graph", did_you_mean(name, known))
+        values = [known[name] for name in wanted]
+        pieces = split(graph, values, _MADE) if all(v.producer() for v in values) else []
+        self._wanted = wanted
+        if len(pieces) > 1:
+            self._parts = [_Part(piece, names) for piece, names in pieces]
+        else:
+            self._parts = [_Part(graph, outputs)]
+
+    def __call__(
+        self, inputs: Mapping[str, Any], weights: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, Any]:
+        """The named values for these inputs, with large ``weights`` in the place of the graph's.
+
+        Raises:
+            InputError: an input is missing.
+            GraphError: neither evaluator can run the graph.
+        """
+        if len(self._parts) == 1:
+            return self._parts[0](inputs, weights)
+        values = dict(inputs)
+        for index, part in enumerate(self._parts):
+            values |= part(values, weights)
+            later = {name for other in self._parts[index + 1 :] for name in other.needed}
+            values = {n: v for n, v in values.items() if n in later or n in self._wanted}
+        return {name: values[name] for name in self._wanted}
+
+
+class _Part:
+    """One session, or another evaluator where there can be none."""
+
+    def __init__(self, graph: Graph, outputs: list[str] | None) -> None:
         self._name = graph.name
-        self._needed = [
+        self.needed = [
             value.name or ""
             for value in graph.graph.inputs
             if value.name not in graph.graph.initializers
@@ -74,13 +114,8 @@ class Evaluator:
     def __call__(
         self, inputs: Mapping[str, Any], weights: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, Any]:
-        """The named values for these inputs, with large ``weights`` in the place of the graph's.
-
-        Raises:
-            InputError: an input is missing.
-            GraphError: neither evaluator can run the graph.
-        """
-        for name in self._needed:
+        """See :class:`Evaluator`."""
+        for name in self.needed:
             if name not in inputs:
                 raise InputError(
                     f"input {name!r} is missing",
@@ -194,9 +229,6 @@ def _weightless(
     restate_small_floats(model.graph)  # ONNX Runtime 1.32 knows no floats of 4 bits
     if outputs is not None:
         known = {v.name or "": v for v in _values(model.graph)}
-        for name in outputs:
-            if name not in known:
-                raise GraphError(f"no value {name!r} in the graph", did_you_mean(name, known))
         model.graph.outputs.clear()
         model.graph.outputs.extend(known[name] for name in outputs)
     weights: dict[str, np.ndarray] = {}

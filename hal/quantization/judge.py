@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from hal.ir import Graph
 from hal.ir.evaluate import Evaluator
-from hal.passes.quantize.calibration import Calibration, Sample
-from hal.passes.quantize.streaming import Stage, Walk
+from hal.passes.quantize.calibration import Sample
 from hal.runtime.scoring import log_softmax
 
 LOGITS = "logits"
@@ -23,9 +20,6 @@ _KEPT_BYTES = 256 << 20
 
 _POSITIONS = 4096
 """Positions of a language model that figures are means of."""
-
-_MADE = 32 << 20
-"""Weights that are made floats of at a time: 128 MiB, and as much again for them transposed."""
 
 _AT_ONCE = 1 << 21
 """Logits that are brought to float64 together."""
@@ -100,18 +94,8 @@ class Judge:
 
     def graph(self, graph: Graph) -> dict[str, float]:
         """Figures of another graph: ``kl``, ``top1``, ``ppl``, ``cosine``, as far as they apply."""
-        cuts = _cuts(graph)
-        if not cuts:
-            run = Evaluator(graph, [self._name])
-            return self._figures(lambda i: run(self.samples[i])[self._name], None)
-        stages = [Stage((name,), ()) for name in (*cuts, self._name)]
-        walk = Walk(graph, Calibration(self.samples), stages)
-        try:
-            for stage in stages:
-                walk.reach(stage.values)
-            return self._figures(lambda i: walk.value(i, self._name), None)
-        finally:
-            walk.close()
+        run = Evaluator(graph, [self._name])
+        return self._figures(lambda i: run(self.samples[i])[self._name], None)
 
     def _figures(self, run: Callable[[int], Any], limit: int | None) -> dict[str, float]:
         """Means over samples, whose results ``run`` gives by number."""
@@ -129,26 +113,6 @@ class Judge:
         if "ppl" in means:
             means["ppl"] = float(np.exp(means["ppl"]))
         return means
-
-
-def _cuts(graph: Graph) -> list[str]:
-    """Values between which a graph makes no more floats of its codes than fit in memory.
-
-    A runtime makes all weights of a graph at once, since they depend on nothing.
-    """
-    found, made = [], 0
-    last: ir.Node | None = None
-    for node in graph.graph:
-        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None:
-            shape = node.inputs[0].shape
-            size = math.prod(d for d in shape or () if isinstance(d, int))
-            if made and made + size > _MADE and last is not None:
-                found.append(last.outputs[0].name or "")
-                made = 0
-            made += size
-        elif node.op_type == "MatMul":
-            last = node
-    return list(dict.fromkeys(found))
 
 
 def _text(right: np.ndarray, found: np.ndarray, ids: np.ndarray) -> dict[str, float]:

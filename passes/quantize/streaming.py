@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from hal.ir import Graph
 from hal.ir.evaluate import Evaluator
-from hal.ir.ops import ensure_functions
+from hal.ir.parts import ancestors, fixed_nodes, segment
 from hal.ir.view import used_values
 from hal.passes._edit import is_constant, is_op
 from hal.passes.quantize.calibration import Calibration, Statistics
@@ -151,9 +151,10 @@ class Walk:
         targets = [values[name] for name in self._todo[0]]
         later = {name for names in self._todo for name in names}
         self._todo = self._todo[1:]
-        nodes = _ancestors(targets, self._live)
-        rest = set(_ancestors([values[t] for t in later], self._live)) - set(nodes)
-        fixed = _fixed(self._graph)  # made again where needed: a weight is larger than its codes
+        nodes = ancestors(targets, self._live)
+        rest = set(ancestors([values[t] for t in later], self._live)) - set(nodes)
+        # Made again where needed: a weight is larger than its codes.
+        fixed = fixed_nodes(self._graph)
         needed = _read(rest) | later
         made = {v.name or "": v for n in nodes if n not in fixed for v in n.outputs}
         made = {name: value for name, value in made.items() if name in needed}
@@ -161,7 +162,7 @@ class Walk:
             weights = _weights(self._graph, nodes, fixed)
             nodes = [node for node in nodes if node not in fixed]
             inputs = self._live | set(weights)
-            run = Evaluator(_segment(self._graph, nodes, inputs, list(made.values())))
+            run = Evaluator(segment(self._graph, nodes, inputs, list(made.values())))
             given = _read(nodes) & self._live
         for index in range(self.count):
             if nodes:
@@ -184,30 +185,6 @@ def _values(graph: Graph) -> Iterable[ir.Value]:
         yield from node.outputs
 
 
-def _ancestors(values: Iterable[ir.Value], live: set[str]) -> list[ir.Node]:
-    """Nodes that make ``values`` from those that are ``live``, in the order of the graph."""
-    seen: set[ir.Node] = set()
-    todo = [v for v in values if v.name not in live]
-    while todo:
-        node = todo.pop().producer()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        todo += [v for v in used_values(node) if v.name not in live]
-    graph = next(iter(seen)).graph if seen else None
-    return [node for node in graph if node in seen] if graph is not None else []
-
-
-def _fixed(graph: Graph) -> set[ir.Node]:
-    """Nodes that depend on weights and constants only."""
-    found: set[ir.Node] = set()
-    for node in graph.graph:
-        used = list(used_values(node))
-        if all(v.is_initializer() or v.producer() in found for v in used):
-            found.add(node)
-    return found
-
-
 def _weights(graph: Graph, nodes: list[ir.Node], fixed: set[ir.Node]) -> dict[str, Any]:
     """What the nodes among ``fixed`` compute for the others: dequantized weights, mostly."""
     inside = [node for node in nodes if node in fixed]
@@ -217,24 +194,7 @@ def _weights(graph: Graph, nodes: list[ir.Node], fixed: set[ir.Node]) -> dict[st
     )
     if not wanted:
         return {}
-    return dict(Evaluator(_segment(graph, inside, set(), list(wanted)))({}))
-
-
-def _segment(graph: Graph, nodes: list[ir.Node], live: set[str], outputs: list[ir.Value]) -> Graph:
-    """Nodes as a graph of their own; weights are shared."""
-    used = dict.fromkeys(v for node in nodes for v in used_values(node))
-    view = ir.GraphView(
-        [v for v in used if v.name in live],
-        outputs,
-        nodes=nodes,
-        initializers=[v for v in used if v.is_initializer() and v.name not in live],
-        opset_imports=graph.graph.opset_imports,
-        name="segment",
-    )
-    functions = [f.clone() for f in graph.model.functions.values()]
-    model = ir.Model(view.clone(), ir_version=graph.model.ir_version, functions=functions)
-    ensure_functions(model)
-    return Graph(model)
+    return dict(Evaluator(segment(graph, inside, set(), list(wanted)))({}))
 
 
 class _Store:

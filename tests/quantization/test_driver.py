@@ -13,7 +13,6 @@ from hal.ir import Graph
 from hal.ir.evaluate import evaluate
 from hal.passes.quantize import METADATA_KEY
 from hal.passes.quantize.gptq import gptq
-from hal.passes.quantize.streaming import Walk
 from hal.quantization import parse_request, quantize_graph
 from hal.quantization.judge import Judge
 from hal.targets import resolve
@@ -158,24 +157,6 @@ def test_files_are_looked_at_before_the_model(tmp_path: Path) -> None:
 def test_recipes_that_contradict_themselves_are_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"says both|names head twice"):
         parse_request(text)
-
-
-def test_large_graphs_are_judged_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = network()
-    made, _ = run(graph, "w3a16,head=w3a16")
-    judge = Judge(graph, [data()])
-    whole = judge.graph(made)
-    monkeypatch.setattr("hal.quantization.judge._MADE", 1000)
-    parts: list[tuple[str, ...]] = []
-
-    class Noted(Walk):
-        def reach(self, targets: tuple[str, ...]) -> None:
-            parts.append(targets)
-            super().reach(targets)
-
-    monkeypatch.setattr("hal.quantization.judge.Walk", Noted)
-    assert judge.graph(made) == pytest.approx(whole)
-    assert len(parts) == 2
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
