@@ -35,7 +35,7 @@ class Calibration:
 
     samples: Sequence[Sample]
     folder: Path | None = None
-    spill_bytes: int = 128 << 20
+    spill_bytes: int = 32 << 20
 
     @classmethod
     def from_tokens(

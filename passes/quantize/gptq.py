@@ -303,12 +303,11 @@ def _upper_factor(gram: np.ndarray) -> np.ndarray:
 
     In float32 where that will do: descent mends what the factor is wrong by.
     """
-    flipped = np.ascontiguousarray(gram[::-1, ::-1])
+    flipped = gram[::-1, ::-1]
     try:
         factor = lower_factor(flipped)
     except np.linalg.LinAlgError:
         factor = lower_factor(flipped.astype(np.float64)).astype(np.float32)
-    del flipped
     return np.ascontiguousarray(factor[::-1, ::-1])
 
 
