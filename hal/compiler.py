@@ -48,7 +48,7 @@ from hal.quantization import Plan, beside, parse_request, quantize_graph, resuma
 from hal.runtime import verification
 from hal.runtime.arrays import check_inputs
 from hal.runtime.cache_options import CacheOptions, parse_kv_cache
-from hal.runtime.memory import give_back
+from hal.runtime.memory import give_back, given_back_when_freed
 from hal.runtime.saved_state import state_digest
 from hal.runtime.session import Session, find_build
 from hal.targets import ResolvedTarget, load_backend, resolve
@@ -126,6 +126,7 @@ def compile(
     options = parse_kv_cache(kv_cache)
     job = _Job(targets, verify, fallback, options, progress or (lambda _: None))
     with (
+        given_back_when_freed(),
         bundle_writer(output) as (folder, finish),
         beside(folder) as waiting,
         resumable(model, calibration, request) as unfinished,

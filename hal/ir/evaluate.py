@@ -11,6 +11,7 @@ reference, so a large model is not copied.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -30,12 +31,14 @@ from hal.ir.parts import split
 from hal.ir.small_floats import restate_small_floats
 
 _OLDER = 26
-_ONLY_NEW_DTYPES = {"Cast", "DepthToSpace", "DequantizeLinear", "QuantizeLinear", "SpaceToDepth"}
+_ONLY_NEW_DTYPES = {
+    "Cast", "DepthToSpace", "DequantizeLinear", "QuantizeLinear", "Range", "SpaceToDepth"
+}  # fmt: skip
 """Ops whose newest revisions add dtypes, which a model that runs with the older ones does not have.
 """
 
 _MADE = 32 << 20
-"""Codes that are made floats of at a time: 128 MiB, and as much again for them transposed."""
+"""Numbers that are made of weights at a time (of codes, or by transposing): 128 MiB."""
 
 _EMBED_LIMIT = 4096  # bytes; larger initializers are fed as inputs
 
@@ -156,7 +159,7 @@ class _Part:
 def _variants(proto: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
     """The model as it is, then with functions inlined: those ORT lacks, those in ONNX schemas."""
     yield proto
-    yield from _with_older_kernels(proto)
+    yield _for_older_kernels(proto)
     yield from _without_refused(proto)
     try:
         yield onnx.inliner.inline_selected_functions(
@@ -166,22 +169,27 @@ def _variants(proto: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
         return
 
 
-def _with_older_kernels(proto: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
+def _for_older_kernels(proto: onnx.ModelProto) -> onnx.ModelProto:
     """The model in the newest operator set of ONNX Runtime 1.32, if nothing says less there."""
     used = {op.domain: op.version for op in proto.opset_import}
     version = used.get("", used.get("ai.onnx", 0))
     if version <= _OLDER:
-        return
+        return proto
     op_types = {node.op_type for node in _nodes(proto.graph) if node.domain in ("", "ai.onnx")}
     for op_type in op_types - _ONLY_NEW_DTYPES:
         if onnx.defs.get_schema(op_type, version).since_version > _OLDER:
-            return
+            return proto
     older = onnx.ModelProto()
     older.CopyFrom(proto)
     for op in older.opset_import:
         if op.domain in ("", "ai.onnx"):
             op.version = _OLDER
-    yield older
+    for node in _nodes(older.graph):
+        if node.op_type == "Range":  # it says how to add half floats, which the older one refuses
+            kept = [attribute for attribute in node.attribute if attribute.name != "stash_type"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    return older
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -197,8 +205,9 @@ def _without_refused(proto: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
     refused: set[str] = set()
     model = ir.from_proto(proto)
     while True:
+        attempt = _for_older_kernels(ir.to_proto(model))
         try:
-            _ort_session(ir.to_proto(model))
+            _ort_session(attempt)
             break
         except Exception as error:  # noqa: BLE001 - the text says which op it was
             found = re.search(r"Could not find an implementation for (\w+)\(", str(error))
@@ -210,7 +219,7 @@ def _without_refused(proto: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
         except Exception:  # noqa: BLE001 - there is another evaluator
             return
     if refused:
-        yield ir.to_proto(model)
+        yield attempt
 
 
 def _comes_to(model: ir.Model, op_types: set[str], node: ir.Node) -> bool:
@@ -221,12 +230,49 @@ def _comes_to(model: ir.Model, op_types: set[str], node: ir.Node) -> bool:
     return body is not None and any(inner.op_type in op_types for inner in body.all_nodes())
 
 
+def _transpose_codes(graph: ir.Graph) -> None:
+    """Transpose codes of the largest matrices, and not the floats that are made of them."""
+    for node in list(graph):
+        floats = node.inputs[0] if node.op_type == "Transpose" else None
+        maker = floats.producer() if floats is not None else None
+        if floats is None or maker is None or maker.op_type != "DequantizeLinear":
+            continue
+        parts = [value for value in maker.inputs if value is not None]
+        if len(floats.uses()) > 1 or floats.is_graph_output() or not all(map(_is_matrix, parts)):
+            continue
+        if math.prod(parts[0].const_value.shape.numpy()) > _MADE:  # type: ignore[union-attr]
+            turned = [_turned(graph, value) for value in parts]
+            kept = [a for a in maker.attributes.values() if a.name != "axis"]
+            axis = 1 - maker.attributes.get_int("axis", 1) % 2
+            new = ir.Node("", "DequantizeLinear", turned, [ir.AttrInt64("axis", axis), *kept])
+            graph.insert_before(node, new)
+            node.outputs[0].replace_all_uses_with(new.outputs[0], replace_graph_outputs=True)
+            new.outputs[0].name = f"{node.outputs[0].name}.turned"
+            graph.remove([node, maker], safe=True)
+
+
+def _is_matrix(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return value.is_initializer() and tensor is not None and len(tensor.shape) == 2
+
+
+def _turned(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    tensor = value.const_value
+    assert tensor is not None
+    array, name = np.ascontiguousarray(tensor.numpy().T), f"{value.name}.turned"
+    data = ir.Tensor(array, tensor.dtype, name=name)
+    new = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=data.shape, const_value=data)
+    graph.register_initializer(new)
+    return new
+
+
 def _weightless(
     graph: Graph, outputs: list[str] | None
 ) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """The model with large initializers turned into inputs, and their arrays."""
     model = graph.model.clone()
     restate_small_floats(model.graph)  # ONNX Runtime 1.32 knows no floats of 4 bits
+    _transpose_codes(model.graph)
     if outputs is not None:
         known = {v.name or "": v for v in _values(model.graph)}
         model.graph.outputs.clear()

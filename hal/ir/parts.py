@@ -1,4 +1,4 @@
-"""A graph cut into parts that run one after the other, so that few weights are floats at a time.
+"""A graph cut into parts that run one after the other, so that little is made of weights at a time.
 
 What depends on nothing but weights (codes made floats, transposed) a runtime computes for the whole
 graph before anything else, and holds it all. A part holds its own only.
@@ -19,23 +19,23 @@ from hal.ir.view import used_values
 def split(graph: Graph, outputs: Sequence[ir.Value], most: int) -> list[tuple[Graph, list[str]]]:
     """Parts with the names of what they give to later ones or as ``outputs``, in running order.
 
-    No part makes floats of more than ``most`` codes, unless it is for a single node; nothing is
-    returned for a graph that makes no more. Weights are shared. What depends on weights only is
-    made in each part that uses it.
+    No part makes more than ``most`` numbers of weights alone, unless it is for a single node;
+    nothing is returned for a graph that makes no more. Weights are shared. What depends on weights
+    only is made in each part that uses it.
     """
-    if sum(map(_floats, graph.graph)) <= most:
-        return []
     fixed = fixed_nodes(graph)
+    if sum(_made(node, fixed) for node in graph.graph) <= most:
+        return []
     place = {node: i for i, node in enumerate(graph.graph)}
     order = [node for node in ancestors(outputs, ()) if node not in fixed]
     parts: list[dict[ir.Node, None]] = [{}]
     made = 0
     for node in order:
         own = sorted(_fixed_before(node, fixed), key=lambda n: place[n])
-        new = sum(_floats(n) for n in own if n not in parts[-1])
+        new = sum(_made(n, fixed) for n in own if n not in parts[-1])
         if new and made and made + new > most:
             parts.append({})
-            made, new = 0, sum(map(_floats, own))
+            made, new = 0, sum(_made(n, fixed) for n in own)
         made += new
         parts[-1].update(dict.fromkeys([*own, node]))
     needed = set(outputs)
@@ -62,11 +62,12 @@ def _fixed_before(node: ir.Node, fixed: set[ir.Node]) -> set[ir.Node]:
     return found
 
 
-def _floats(node: ir.Node) -> int:
-    """Floats that a node makes of codes."""
-    codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
-    shape = codes.shape if codes is not None else None
-    return math.prod(d for d in shape or (0,) if isinstance(d, int))
+def _made(node: ir.Node, fixed: set[ir.Node]) -> int:
+    """Numbers that a node among ``fixed`` makes of weights for the others to read."""
+    if node not in fixed:
+        return 0
+    read = (v for v in node.outputs if any(use.node not in fixed for use in v.uses()))
+    return sum(math.prod(d for d in v.shape or (0,) if isinstance(d, int)) for v in read)
 
 
 def ancestors(values: Iterable[ir.Value], live: Iterable[str]) -> list[ir.Node]:

@@ -164,12 +164,13 @@ class Statistics:
 
     x is the input that the layer has once everything before it is quantized, x' the float model's.
     What the layer's result should be is ``W x' + r``, r being what the value lacks that it is added
-    to.
+    to. ``cross`` and ``lacking`` are taken from each half of the tokens, in sums over half of their
+    number, so that the mean of both is that of all: what one half tells can be tried on the other.
 
     Attributes:
         gram: float32 ``[K, K]``, x xᵀ.
-        cross: float32 ``[K, K]`` or None, (x' - x) xᵀ.
-        lacking: float32 ``[N, K]`` or None, r xᵀ; with W (x' - x) xᵀ added if ``cross`` is None.
+        cross: float32 ``[2, K, K]`` or None, (x' - x) xᵀ.
+        lacking: float32 ``[2, N, K]`` or None, r xᵀ; with W (x' - x) xᵀ added if ``cross`` is None.
     """
 
     gram: np.ndarray

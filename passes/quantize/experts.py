@@ -86,8 +86,9 @@ def _mixed(
     gram = (scaled.T @ scaled + prior * np.float32(_PRIOR)) / total
     if count < rows.shape[1]:  # too few to tell what the weight should make up for
         return Statistics(gram)
-    lacking = (share * ((rows_float - rows) @ weight.T)).T @ scaled / total
-    return Statistics(gram, None, lacking)
+    missing = share * ((rows_float - rows) @ weight.T)
+    halves = [missing[i::2].T @ scaled[i::2] for i in (0, 1)]
+    return Statistics(gram, None, np.stack(halves) * (2 / total))
 
 
 def _mean_square(share: np.ndarray) -> np.float32:

@@ -10,7 +10,8 @@ Three things go beyond it:
 
 - the weight that is rounded is not W but the one that, on inputs that earlier rounding has moved,
   comes closest to what the float layer would have made of the inputs as they were (Statistics;
-  as in GPTAQ, arXiv 2504.02692, and with the value that the result is added to, arXiv 2505.11695);
+  as in GPTAQ, arXiv 2504.02692, and with the value that the result is added to, arXiv 2505.11695),
+  as far as what one half of the tokens tells of it holds for the other half (_Correction);
 - scales are searched when a group is reached, for the weights as they have become by then;
 - afterwards single codes and scales are moved as long as that lowers ``tr(E H Eᵀ)``
   (coordinate descent), which the greedy pass cannot do for columns that it has left behind.
@@ -64,17 +65,15 @@ def gptq(
     mean = float(np.trace(statistics.gram, dtype=np.float64)) / len(statistics.gram)
     if mean <= 0 or not np.isfinite(mean):
         return round_to_nearest(weight, form)
-    change, extra = _correction(statistics, options, mean)
+    correction = _Correction.of(statistics, options, mean)
     gram = statistics.gram.copy()
     gram[np.diag_indices_from(gram)] += np.float32(mean * options.damping)
     plan = _Plan.of(gram, form, options)
 
     def work(part: slice) -> Codes:
         target = weight[part]
-        if change is not None:
-            target = target + target @ change
-        if extra is not None:
-            target = target + extra[part]
+        if correction is not None:
+            target = target + correction.change(target, part)
         return _solve(np.ascontiguousarray(target.T), form, plan, options)
 
     return joined([work(part) for part in _parts(*weight.shape)])
@@ -87,21 +86,57 @@ def _parts(rows: int, columns: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
-def _correction(
-    statistics: Statistics, options: Options, mean: float
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """C ``[K, K]`` and D ``[N, K]``: W + W C + D is what should be rounded."""
-    if options.correction is None or (statistics.cross is None and statistics.lacking is None):
-        return None, None
-    damped = statistics.gram.copy()
-    damped[np.diag_indices_from(damped)] += np.float32(mean * options.correction)
+@dataclasses.dataclass(frozen=True)
+class _Correction:
+    """D ``[N, K]`` for which W + D is what should be rounded: ``S (H + damping)^-1``.
 
-    factor = lower_factor(damped)
+    S = W cross + lacking is what results lack, times the inputs. Where they lack more than the
+    layer's inputs can tell of (a model in which small changes grow, as one of random weights does),
+    a fit to a few tokens is noise, which the next layers would be asked to make up for in turn, and
+    so on without end. With D' from one half of the tokens and S'' from the other, ``<D', S''>`` is
+    the part that is none, on the mean; ``<D, S> / tr(D H Dᵀ)`` of D has the least error.
 
-    def solved(right: np.ndarray | None) -> np.ndarray | None:
-        return None if right is None else solve(factor, right.T).T
+    Attributes:
+        statistics: of the layer.
+        cross, lacking: of both halves, times the inverse.
+    """
 
-    return solved(statistics.cross), solved(statistics.lacking)
+    statistics: Statistics
+    cross: np.ndarray | None
+    lacking: np.ndarray | None
+
+    @classmethod
+    def of(cls, statistics: Statistics, options: Options, mean: float) -> _Correction | None:
+        if options.correction is None or (statistics.cross is None and statistics.lacking is None):
+            return None
+        damped = statistics.gram.copy()
+        damped[np.diag_indices_from(damped)] += np.float32(mean * options.correction)
+        factor = lower_factor(damped)
+
+        def solved(halves: np.ndarray | None) -> np.ndarray | None:
+            if halves is None:
+                return None
+            rows = halves.reshape(-1, halves.shape[-1])
+            return solve(factor, rows.T).T.reshape(halves.shape)
+
+        return cls(statistics, solved(statistics.cross), solved(statistics.lacking))
+
+    def change(self, weight: np.ndarray, part: slice) -> np.ndarray:
+        """D for some rows of the matrix, ``weight``."""
+        first, second = (_of_half(i, weight, part, self.cross, self.lacking) for i in (0, 1))
+        other = _of_half(1, weight, part, self.statistics.cross, self.statistics.lacking)
+        holds = np.vdot(first, other)
+        whole = (first + second) / 2
+        size = np.vdot(whole @ self.statistics.gram, whole)
+        return whole * np.float32(np.clip(holds / size, 0, 1) if size > 0 else 0)
+
+
+def _of_half(
+    half: int, weight: np.ndarray, part: slice, cross: np.ndarray | None, lacking: np.ndarray | None
+) -> np.ndarray:
+    """``W cross + lacking`` of one half of the tokens, for some rows."""
+    found = np.float32(0) if cross is None else weight @ cross[half]
+    return np.asarray(found if lacking is None else found + lacking[half][part])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -347,12 +347,12 @@ class Seen:
 
     def _crossed(self, group: int | None) -> np.ndarray:
         assert self._other is not None
-        total, tokens = np.float32(0), 0
+        sums = _HalfSums()
         for index in range(self._other.count):
             rows = self._rows(self._walk, index, group)
-            total = _plus(total, (self._rows(self._other, index, None) - rows).T @ rows)
-            tokens += len(rows)
-        return np.asarray(total / np.float32(max(tokens, 1)))
+            moved = self._rows(self._other, index, None) - rows
+            sums.add(moved, rows, index if self._other.count > 1 else None)
+        return sums.means()
 
     def _lacking(
         self, weight: np.ndarray, group: int | None, target: str | None, *, with_input: bool
@@ -362,7 +362,7 @@ class Seen:
             target = None
         if target is None and not with_input:
             return None
-        total, tokens = np.float32(0), 0
+        sums = _HalfSums()
         for index in range(self._other.count):
             rows = self._rows(self._walk, index, group)
             lacking = np.zeros((len(rows), len(weight)), np.float32)
@@ -371,11 +371,30 @@ class Seen:
             if target is not None:
                 there = self._other.value(index, target) - self._walk.value(index, target)
                 if there.size != lacking.size:  # the result is broadcast over what it is added to
-                    return None if not with_input else np.asarray(0 * weight)
+                    return np.zeros((2, *weight.shape), np.float32) if with_input else None
                 lacking += there.reshape(lacking.shape)
-            total = _plus(total, lacking.T @ rows)
-            tokens += len(rows)
-        return np.asarray(total / np.float32(max(tokens, 1)))
+            sums.add(lacking, rows, index if self._other.count > 1 else None)
+        return sums.means()
+
+
+class _HalfSums:
+    """Sums of products over halves of the tokens: every other sample, or half of a single one."""
+
+    def __init__(self) -> None:
+        self._sums: list[Any] = [np.float32(0), np.float32(0)]
+        self._tokens = 0
+
+    def add(self, left: np.ndarray, right: np.ndarray, sample: int | None) -> None:
+        """Add ``leftᵀ right``, of ``[tokens, ...]``, to the sums; ``sample``: None if single."""
+        middle = len(left) // 2
+        halves = (slice(middle), slice(middle, None))
+        for half, part in enumerate(halves) if sample is None else ((sample % 2, slice(None)),):
+            self._sums[half] = _plus(self._sums[half], left[part].T @ right[part])
+        self._tokens += len(left)
+
+    def means(self) -> np.ndarray:
+        """Both sums over half of the number of tokens, ``[2, ...]``."""
+        return np.stack(self._sums) / np.float32(max(self._tokens, 1) / 2)
 
 
 def _plus(total: Any, part: np.ndarray) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hal.runtime.memory import give_back
+from hal.runtime.memory import give_back, given_back_when_freed
 
 
 def _private() -> int:
@@ -30,3 +30,17 @@ def test_what_refers_to_itself_is_given_back() -> None:
     del node
     give_back()
     assert _private() < before + (20 << 20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_large_blocks_go_back_when_they_are_freed() -> None:
+    """Even below something that lives, which a heap could not do."""
+    with given_back_when_freed():
+        before = _private()
+        blocks, pins = [], []
+        for _ in range(20):
+            blocks.append(np.ones(1 << 19))  # 4 MiB
+            pins.append(bytes(5000))
+        assert _private() > before + (70 << 20)
+        blocks.clear()
+        assert _private() < before + (10 << 20)

@@ -29,6 +29,11 @@ def gram(x: np.ndarray) -> np.ndarray:
     return (x.T @ x / len(x)).astype(np.float32)
 
 
+def halves(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Mean products of every other token, as ``Statistics`` has them."""
+    return np.stack([left[i::2].T @ right[i::2] / np.float32(len(left) / 2) for i in (0, 1)])
+
+
 def error(weight: np.ndarray, codes: Codes, matrix: np.ndarray) -> float:
     left = weight - codes.dequantized()
     return float(np.einsum("nk,kj,nj->", left, matrix, left))
@@ -98,7 +103,7 @@ def test_what_moved_inputs_lack_is_made_up_for(wide: bool) -> None:
     moved = before + (0.1 * before[:, ::-1])
     rows = 96 if wide else 24
     weight = RNG.standard_normal((rows, 64)).astype(np.float32)
-    cross = (before - moved).T @ moved / np.float32(len(moved))
+    cross = halves(before - moved, moved)
     given = {"cross": cross} if wide else {"lacking": weight @ cross}
     form = parse_format("w4-g32")
 
@@ -107,3 +112,18 @@ def test_what_moved_inputs_lack_is_made_up_for(wide: bool) -> None:
 
     plain = gptq(weight, form, Statistics(gram(moved)))
     assert miss(gptq(weight, form, Statistics(gram(moved), **given))) < 0.7 * miss(plain)
+
+
+@pytest.mark.parametrize("signal", [0.0, 1.0])
+def test_what_results_lack_that_inputs_do_not_tell_of_is_left_alone(signal: float) -> None:
+    """Noise ten times as large as the results, and few tokens, which a fit would follow."""
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((300, 128)).astype(np.float32)
+    weight = rng.standard_normal((48, 128)).astype(np.float32)
+    wanted = signal * rng.standard_normal((48, 128)).astype(np.float32)
+    noise = 100 * rng.standard_normal((300, 48)).astype(np.float32)
+    lacking = halves(x @ wanted.T + noise * (1 - signal), x)
+    found = gptq(weight, parse_format("w8-g32"), Statistics(gram(x), None, lacking)).dequantized()
+    fresh = rng.standard_normal((300, 128)).astype(np.float32)
+    miss = np.linalg.norm(fresh @ (weight + wanted - found).T) / np.linalg.norm(fresh @ weight.T)
+    assert miss < (0.6 if signal else 0.3)
