@@ -8,7 +8,7 @@ import gc
 from collections.abc import Iterator
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
-_OWN_MAPPING = 1 << 20
+_OWN_MAPPING = 8 << 20
 _AS_GLIBC_ENDS = 32 << 20
 """Where the threshold ends that glibc raises by itself; its trim threshold is twice that."""
 
@@ -27,7 +27,7 @@ def give_back() -> None:
 
 @contextlib.contextmanager
 def given_back_when_freed() -> Iterator[None]:
-    """Let blocks of a MiB and more go back to the system as soon as they are freed.
+    """Let blocks of 8 MiB and more go back to the system as soon as they are freed.
 
     glibc takes blocks of up to 32 MiB from its heap once it has seen such a block freed, and a
     heap that ends in something that lives does not shrink: evaluating a model of 2 GB over 512

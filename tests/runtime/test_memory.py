@@ -39,8 +39,8 @@ def test_large_blocks_go_back_when_they_are_freed() -> None:
         before = _private()
         blocks, pins = [], []
         for _ in range(20):
-            blocks.append(np.ones(1 << 19))  # 4 MiB
+            blocks.append(np.ones(1 << 20))  # 8 MiB
             pins.append(bytes(5000))
-        assert _private() > before + (70 << 20)
+        assert _private() > before + (150 << 20)
         blocks.clear()
-        assert _private() < before + (10 << 20)
+        assert _private() < before + (20 << 20)
