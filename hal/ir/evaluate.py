@@ -26,7 +26,7 @@ import onnxruntime as ort
 from hal.errors import GraphError, InputError, did_you_mean
 from hal.ir.graph import Graph
 from hal.ir.inline import function_body, inline_functions
-from hal.ir.ortvalue import as_numpy, from_ort, to_ort
+from hal.ir.ortvalue import Array, as_numpy, from_ort, to_ort
 from hal.ir.parts import split
 from hal.ir.small_floats import restate_small_floats
 
@@ -40,6 +40,7 @@ _ONLY_NEW_DTYPES = {
 _MADE = 32 << 20
 """Numbers that are made of weights at a time (of codes, or by transposing): 128 MiB."""
 
+_BYTE = 8
 _EMBED_LIMIT = 4096  # bytes; larger initializers are fed as inputs
 
 
@@ -268,7 +269,7 @@ def _turned(graph: ir.Graph, value: ir.Value) -> ir.Value:
 
 def _weightless(
     graph: Graph, outputs: list[str] | None
-) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+) -> tuple[onnx.ModelProto, dict[str, Array]]:
     """The model with large initializers turned into inputs, and their arrays."""
     model = graph.model.clone()
     restate_small_floats(model.graph)  # ONNX Runtime 1.32 knows no floats of 4 bits
@@ -277,7 +278,7 @@ def _weightless(
         known = {v.name or "": v for v in _values(model.graph)}
         model.graph.outputs.clear()
         model.graph.outputs.extend(known[name] for name in outputs)
-    weights: dict[str, np.ndarray] = {}
+    weights: dict[str, Array] = {}
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
         if tensor is None or tensor.dtype == ir.DataType.STRING:
@@ -287,7 +288,9 @@ def _weightless(
                 value.const_value = ir.Tensor(tensor.numpy(), tensor.dtype, name=name)
             continue
         # Weights of exported modules are often transposed views: laid out once, not in every call.
-        weights[name] = np.ascontiguousarray(tensor.numpy())
+        array = np.ascontiguousarray(tensor.numpy())
+        # Numpy has a byte for each code of few bits; the runtime's value has them packed.
+        weights[name] = to_ort(array) if tensor.dtype.bitwidth < _BYTE else array
         value.type = ir.TensorType(tensor.dtype)
         value.shape = ir.Shape(tensor.shape.numpy())
         del model.graph.initializers[name]

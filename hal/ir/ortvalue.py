@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 Array = Any
-"""A tensor: ``numpy.ndarray`` or any object that speaks DLPack."""
+"""A tensor: ``numpy.ndarray``, a value of ONNX Runtime, or any object that speaks DLPack."""
 
 
 def as_numpy(array: Array) -> np.ndarray:
@@ -25,6 +25,8 @@ def as_numpy(array: Array) -> np.ndarray:
     """
     if isinstance(array, np.ndarray):
         return array
+    if isinstance(array, ort.OrtValue):
+        return np.asarray(from_ort(array))
     if hasattr(array, "__dlpack__"):
         if getattr(array, "requires_grad", False):
             array = array.detach()
@@ -50,6 +52,8 @@ def to_ort(array: Array) -> ort.OrtValue:
     Raises:
         TypeError: the dtype is no ONNX dtype, or one that the runtime does not wrap (strings).
     """
+    if isinstance(array, ort.OrtValue):
+        return array
     data = as_numpy(array)
     if data.dtype.kind in "OUSc":
         raise TypeError(f"{data.dtype} tensors cannot be wrapped by onnxruntime")
