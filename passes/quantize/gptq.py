@@ -128,7 +128,8 @@ class _Correction:
         holds = np.vdot(first, other)
         whole = (first + second) / 2
         size = np.vdot(whole @ self.statistics.gram, whole)
-        return whole * np.float32(np.clip(holds / size, 0, 1) if size > 0 else 0)
+        result: np.ndarray = whole * np.float32(np.clip(holds / size, 0, 1) if size > 0 else 0)
+        return result
 
 
 def _of_half(
