@@ -64,7 +64,7 @@ Progress = Callable[[str], None]
 """Called with a sentence when the compiler begins something that may take long."""
 
 _Reference = verification.Reference | str
-"""What builds are compared with, or a sentence saying why there is nothing to compare with."""
+"""What builds are compared with, or a sentence saying why there is nothing."""
 
 
 def compile(
@@ -146,7 +146,7 @@ def compile(
         _check_cache(graph, kv_cache, options)
         if request is not None:
             write_weights(graph, Path(waiting), keep_files=True)
-            give_back()  # the module and the graphs before
+            give_back()
             graph, more = quantize_graph(
                 graph,
                 request,
