@@ -1,8 +1,7 @@
 """``hal.compile``: from any model to a bundle, in one direction and with no way back.
 
 frontend → passes → bundle (graph, weights) → one build per target → verification. Everything is
-written under a temporary name next to the output and renamed at the end, so an interrupted or
-failed compile leaves nothing behind.
+written under a temporary name next to the output and renamed at the end: no failure leaves a trace.
 """
 
 from __future__ import annotations

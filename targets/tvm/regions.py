@@ -102,7 +102,10 @@ class _Merging:
         views: list[relax.Binding] = []
 
         def flush() -> None:
-            result.extend([tuple(pending)] if pending else [])
+            if len(pending) == 1:
+                result.append(pending[0].binding)
+            elif pending:
+                result.append(tuple(pending))
             result.extend(views)
             pending.clear()
             views.clear()
@@ -115,10 +118,11 @@ class _Merging:
                 pending.append(call)
             elif _is_op(binding, _ALLOCATION):
                 result.append(binding)
-            elif self._is_view(binding):
+            elif self._is_view(binding) and pending:
                 views.append(binding)
             else:
-                flush()
+                if not self._is_view(binding):
+                    flush()
                 result.append(binding)
         flush()
         return result
@@ -180,7 +184,7 @@ class _Merging:
             return call if len(known) == len(arguments) and self._fits(call) else None
         if _is_op(binding, _ALLOCATION):
             self._allocated.add(binding.var)
-        elif _is_op(binding, "relax.reshape"):
+        elif isinstance(value, relax.Call) and _is_op(binding, "relax.reshape"):
             source, shape = self._tensor(value.args[0]), _dims(binding.var)
             if source is not None and shape is not None:
                 self._tensors[binding.var] = source.seen_as(shape)
@@ -221,8 +225,6 @@ class _Merging:
     # -- regions ----------------------------------------------------------------------------------
 
     def _region(self, calls: Sequence[_Call], own: set[relax.Expr]) -> list[relax.Binding]:
-        if len(calls) < 2:
-            return [call.binding for call in calls]
         region = _Region()
         for call in calls:
             region.add(self._module[call.kernel], call.arguments)
@@ -245,7 +247,7 @@ def _where_to_cut(kernels: Sequence[str]) -> str | None:
     often = Counter(count for count in counts.values() if count > 1)
     if not often:
         return None
-    usual = max(often, key=lambda count: (often[count] * count, count))
+    usual = max(often, key=lambda count: (often[count], -count))
     return next(name for name in kernels if counts[name] == usual)
 
 
@@ -313,9 +315,7 @@ class _Region:
             first = round_ == tirx.const(0, "int64")
             body = tirx.IfThenElse(first, _sequence(self._serial), None)
             two = (tirx.const(0, "int64"), tirx.const(2, "int64"))
-            self._stages.append(
-                _with_barrier(tirx.For(round_, *two, tirx.ForKind.PARALLEL, body))
-            )
+            self._stages.append(_with_barrier(tirx.For(round_, *two, tirx.ForKind.PARALLEL, body)))
             self._serial = []
 
     def finished(self, own: Collection[relax.Expr]) -> tirx.PrimFunc:
@@ -351,7 +351,10 @@ def _stages(statement: tirx.Stmt) -> Iterator[tuple[tirx.Stmt, bool]]:
     elif not _has_parallel(statement):
         yield statement, False
     elif isinstance(statement, tirx.For) and int(statement.kind) == _PARALLEL:
-        yield statement, True
+        if isinstance(statement.extent, tirx.IntImm) and statement.extent.value == 1:
+            yield _serial(statement), False  # taken for no loop, all threads would do the same
+        else:
+            yield statement, True
     elif isinstance(statement, tirx.IfThenElse):
         condition = Analyzer().simplify(statement.condition)
         if not isinstance(condition, tirx.IntImm):
@@ -361,6 +364,10 @@ def _stages(statement: tirx.Stmt) -> Iterator[tuple[tirx.Stmt, bool]]:
             yield from _stages(chosen)
     else:
         raise _Refused
+
+
+def _serial(loop: tirx.For) -> tirx.Stmt:
+    return tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, loop.body)
 
 
 def _has_parallel(statement: tirx.Stmt) -> bool:
