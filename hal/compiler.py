@@ -1,7 +1,7 @@
 """``hal.compile``: from any model to a bundle, in one direction and with no way back.
 
 frontend → passes → bundle (graph, weights) → one build per target → verification. Everything is
-written under a temporary name next to the output and renamed at the end: no failure leaves a trace.
+written under a temporary name next to the output and renamed at the end: a whole bundle or none.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ def given_back_when_freed() -> Iterator[None]:
 
     glibc takes blocks of up to 32 MiB from its heap once it has seen such a block freed, and a
     heap that ends in something that lives does not shrink: evaluating a model of 2 GB over 512
-    tokens took 3.2 GB, and takes 0.9. C libraries without ``mallopt`` decide for themselves.
+    tokens took 3.2 GB, and 0.9 with blocks from 1 MiB given back (which has many page faults, so it
+    is 8 MiB here). C libraries without ``mallopt`` decide for themselves.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is None:

@@ -18,7 +18,7 @@ from hal.passes.quantize.codes import Codes
 from hal.passes.quantize.formats import Setting
 from hal.passes.quantize.grid import code_dtype
 
-_VERSION = "3"
+_VERSION = "4"
 """Changes when a method does, so that nothing stale is taken up."""
 
 
