@@ -7,11 +7,15 @@ from typing import Any
 import tvm
 from tvm import relax, tirx
 
+from hal.targets.tvm.regions import parallel_regions
 from hal.targets.tvm.schedule import schedule
 
 
-def pipeline(target: tvm.target.Target, lanes: int) -> Any:
-    """Relax passes for ``tvm.compile``: legalize, fuse, schedule, plan memory."""
+def pipeline(target: tvm.target.Target, lanes: int, step: str = "") -> Any:
+    """Relax passes for ``tvm.compile``: legalize, fuse, schedule, plan memory.
+
+    ``step``: a function whose kernels are too short to be started one by one.
+    """
 
     @tvm.transform.module_pass(opt_level=0)
     def passes(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
@@ -28,6 +32,7 @@ def pipeline(target: tvm.target.Target, lanes: int) -> Any:
                     relax.transform.ToNonDataflow(),
                     relax.transform.RemovePurityChecking(),
                     relax.transform.CallTIRRewrite(),
+                    parallel_regions(step),
                     relax.transform.StaticPlanBlockMemory(),
                     relax.transform.LowerAllocTensor(),
                     relax.transform.KillAfterLastUse(),

@@ -29,7 +29,7 @@ def compile_module(module: tvm.IRModule, target: Mapping[str, Any], lanes: int) 
     """
     chosen = tvm.target.Target(dict(target))
     try:
-        return tvm.compile(module, target=chosen, relax_pipeline=pipeline(chosen, lanes))
+        return tvm.compile(module, target=chosen, relax_pipeline=pipeline(chosen, lanes, STEP))
     except Exception as error:  # TVM raises its own kinds
         lines = str(error).strip().splitlines()
         raise UnsupportedError(
