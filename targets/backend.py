@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -121,6 +121,16 @@ class Backend(abc.ABC):
         `hal targets validate` asks. What only another machine can know is not wrong.
         """
         return ""
+
+    def setup(self, descriptor: Descriptor, say: Callable[[str], None]) -> Path | None:
+        """Install what a target needs beyond Python packages of this environment; say what happens.
+
+        Returns the folder where it is, or None where there is nothing to do.
+
+        Raises:
+            TargetError: it cannot be had.
+        """
+        return None
 
     def legalize(self, graph: Graph, descriptor: Descriptor) -> Graph:
         """Rewrite a clone of the neutral graph into what this backend prefers to run.

@@ -1,4 +1,4 @@
-"""``hal targets list|show|validate|schema``."""
+"""``hal targets list|show|validate|setup|schema``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hal.cli._options import Json
-from hal.cli._output import format_bytes, print_facts, print_json, print_line, print_table
+from hal.cli._output import (
+    format_bytes,
+    print_facts,
+    print_json,
+    print_line,
+    print_table,
+    progress,
+)
 
 if TYPE_CHECKING:
     from hal.descriptor import Descriptor, Quantity
@@ -25,6 +32,7 @@ def create() -> typer.Typer:
     app.command("list", epilog="Example: hal targets list --probe")(list_command)
     app.command("show", epilog="Example: hal targets show x86-64-v4 --json")(show_command)
     app.command("validate", epilog="Example: hal targets validate my-chip.toml")(validate_command)
+    app.command("setup", epilog="Example: hal targets setup openvino")(setup_command)
     app.command("schema", epilog="Example: hal targets schema > descriptor.schema.json")(
         schema_command
     )
@@ -107,6 +115,19 @@ def validate_command(
         return
     for file, name in zip(files, names, strict=True):
         print_line(f"{file}: ok, describes {name!r}")
+
+
+def setup_command(target: Name, json: Json = False) -> None:
+    """Install the vendor's software that a target needs into an environment of its own."""
+    from hal.targets import load_backend, resolve
+
+    found = resolve(target)
+    with progress(quiet=json) as say:
+        done = load_backend(found.backend).setup(found.descriptor, say)
+    if json:
+        print_json({"target": found.name, "environment": str(done) if done else None})
+        return
+    print_line(f"{found.name}: ready in {done}" if done else f"{found.name}: needs nothing")
 
 
 def schema_command(

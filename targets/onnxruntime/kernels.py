@@ -15,9 +15,13 @@ from collections.abc import Iterable, Mapping
 
 import onnx
 import onnx_ir as ir
+import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 _OPEN_END = 2**31 - 1
+
+NEWEST = 28
+"""The newest operator set of ONNX that hal writes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +54,24 @@ class Miss:
 
 
 class KernelTable:
-    """All kernels of the CPU provider, which every session has as its last resort."""
+    """All kernels of the CPU provider, which every session has as its last resort.
 
-    def __init__(self) -> None:
+    ``version`` is that of the runtime; ``kernels`` are (domain, op, kernel). Models may be stamped
+    with operator sets of ONNX up to :attr:`newest`.
+    """
+
+    def __init__(self, version: str, kernels: Iterable[tuple[str, str, Kernel]]) -> None:
+        self._version = version
+        self.newest = NEWEST
         self._kernels: dict[tuple[str, str], list[Kernel]] = collections.defaultdict(list)
-        for item in native.get_all_opkernel_def():
-            if item.provider == "CPUExecutionProvider":
-                first, last = item.version_range
-                types = {name: frozenset(values) for name, values in item.type_constraints.items()}
-                kernel = Kernel(first, last, types)
-                self._kernels[_domain(item.domain), item.op_name].append(kernel)
+        for domain, op, kernel in kernels:
+            self._kernels[_domain(domain), op].append(kernel)
+
+    def until(self, newest: int) -> KernelTable:
+        """The same kernels for models of operator sets up to ``newest``."""
+        limited = KernelTable(self._version, ())
+        limited._kernels, limited.newest = self._kernels, newest
+        return limited
 
     def has(self, domain: str, op_type: str) -> bool:
         """Whether there is a kernel for any version and dtype of the op."""
@@ -75,7 +87,7 @@ class KernelTable:
         name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
         kernels = self._kernels.get((_domain(node.domain), node.op_type), [])
         if not kernels:
-            return Miss(f"onnxruntime {_runtime_version()} has no kernel for {name}")
+            return Miss(f"onnxruntime {self._version} has no kernel for {name}")
         if node.domain not in ("", "ai.onnx", "ai.onnx.ml"):
             return Match({})  # the runtime checks types of its own ops when the session is made
         try:
@@ -99,7 +111,21 @@ class KernelTable:
 @functools.cache
 def kernel_table() -> KernelTable:
     """The table of the installed runtime (read once)."""
-    return KernelTable()
+    return KernelTable(
+        onnxruntime.__version__,
+        (
+            (
+                item.domain,
+                item.op_name,
+                Kernel(
+                    *item.version_range,
+                    {name: frozenset(values) for name, values in item.type_constraints.items()},
+                ),
+            )
+            for item in native.get_all_opkernel_def()
+            if item.provider == "CPUExecutionProvider"
+        ),
+    )
 
 
 def parameter_types(node: ir.Node, schema: onnx.defs.OpSchema) -> dict[str, set[str]]:
@@ -302,10 +328,3 @@ def _dtypes(types: Mapping[str, set[str]]) -> str:
         t.removeprefix("tensor(").removesuffix(")") for v in types.values() for t in sorted(v)
     )
     return ", ".join(names) or "these types"
-
-
-@functools.cache
-def _runtime_version() -> str:
-    import onnxruntime
-
-    return str(onnxruntime.__version__)

@@ -19,13 +19,12 @@ from hal.ir.cache_plan import ALIAS_KEY, FIXED_KEY, plan_of
 from hal.ir.inline import infer_types, inline_functions, may_have_body
 from hal.targets.onnxruntime import fuse
 from hal.targets.onnxruntime.cached_attention import fuse_cached_attention
-from hal.targets.onnxruntime.kernels import KernelTable, Match, Miss, kernel_table
+from hal.targets.onnxruntime.kernels import NEWEST, KernelTable, Match, Miss, kernel_table
 from hal.targets.onnxruntime.opset import OLDEST, Restatement, restate
 
 ORIGIN = "hal.origin"
 """Node metadata: the op whose body a node came from, for messages."""
 
-_NEWEST = 28
 _MAX_ROUNDS = 24
 _CAST_COST, _BODY_COST, _MISSING_COST = 1, 50, 1_000_000
 
@@ -41,24 +40,29 @@ class Assessment:
     reason: str = ""
 
 
-def legalize(graph: Graph) -> Graph:
+def legalize(graph: Graph, other: KernelTable | None = None) -> Graph:
     """Rewrite a copy of ``graph`` so that as many nodes as possible have a kernel.
 
     Inputs, outputs and state keep their names. A node that nothing covers stays as it is, for
     :func:`uncovered` to name. Legalizing twice changes nothing.
+
+    ``other``: the kernels of another build of the runtime than the installed one. The ops that
+    this one alone has are not used then.
     """
     model = graph.model.clone()
     if _lacks_types(model):
         infer_types(model)
-    fuse.fuse(model)
+    table = other or kernel_table()
+    if other is None:
+        fuse.fuse(model)
     metadata, plan = dict(graph.metadata), plan_of(graph)
-    if plan is not None and plan.layout == "contiguous" and not plan.bits:
+    if other is None and plan is not None and plan.layout == "contiguous" and not plan.bits:
         added = fuse_cached_attention(model)
         if any(n.op_type == "GroupQueryAttention" for n in model.graph):
             metadata[ALIAS_KEY] = {**metadata.get(ALIAS_KEY, {}), **added}
             metadata[FIXED_KEY] = True
-    model, version = _inline_what_lacks_kernels(model)
-    _stamp(model, version)
+    model, version = _inline_what_lacks_kernels(model, table)
+    _stamp(model, version, table)
     _enter_loops_with_scalars(model)
     _name_presents(model)
     used = {node.op_identifier() for node in model.graph.all_nodes()}
@@ -128,14 +132,14 @@ def _has_short_mask(node: ir.Node) -> bool:
     return covered != sum(n for n in positions if isinstance(n, int))
 
 
-def _inline_what_lacks_kernels(model: ir.Model) -> tuple[ir.Model, int]:
+def _inline_what_lacks_kernels(model: ir.Model, table: KernelTable) -> tuple[ir.Model, int]:
     """Inline bodies until every node has a kernel or no body; also the version to stamp."""
     bodiless: set[tuple[object, ...]] = set()
     for _ in range(_MAX_ROUNDS):
         if _lacks_types(model):
             infer_types(model)
-        version = _choose_version(model, _current(model), kernel_table())
-        lacks_kernel = _Chooser(model, version, frozenset(bodiless))
+        version = _choose_version(model, _current(model), table)
+        lacks_kernel = _Chooser(model, version, frozenset(bodiless), table)
         chosen = [node for node in model.graph.all_nodes() if lacks_kernel(node)]
         if not chosen:
             return model, version
@@ -155,9 +159,10 @@ class _Chooser:
     model: ir.Model
     version: int
     bodiless: frozenset[tuple[object, ...]]
+    table: KernelTable
 
     def __call__(self, node: ir.Node) -> bool:
-        found = assess(self.model, node, _current(self.model), self.version, kernel_table())
+        found = assess(self.model, node, _current(self.model), self.version, self.table)
         if not found.inline or _identity(node) in self.bodiless:
             return False
         node.metadata_props.setdefault(ORIGIN, _label(node))
@@ -179,8 +184,9 @@ def _choose_version(model: ir.Model, current: int, table: KernelTable) -> int:
         if node.domain == "":
             key = _signature(node)
             nodes[key] = (node, nodes[key][1] + 1 if key in nodes else 1)
-    candidates = [current, *(v for v in range(_NEWEST, OLDEST - 1, -1) if v != current)]
-    best, best_cost = current, None
+    versions = dict.fromkeys((current, *range(table.newest, OLDEST - 1, -1)))
+    candidates = [v for v in versions if v <= table.newest]
+    best, best_cost = candidates[0], None
     for version in candidates:
         cost = 0
         for node, count in nodes.values():
@@ -206,9 +212,8 @@ def _signature(node: ir.Node) -> tuple[object, ...]:
     return (node.op_type, scalars, others, types, len(node.inputs))
 
 
-def _stamp(model: ir.Model, version: int) -> None:
+def _stamp(model: ir.Model, version: int, table: KernelTable) -> None:
     current = _current(model)
-    table = kernel_table()
     casts = _Casts(model)
     for node in list(model.graph.all_nodes()):
         if node.domain != "":
@@ -321,4 +326,4 @@ def _label(node: ir.Node) -> str:
 
 
 def _current(model: ir.Model) -> int:
-    return model.opset_imports.get("", _NEWEST)
+    return model.opset_imports.get("", NEWEST)

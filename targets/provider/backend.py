@@ -1,0 +1,269 @@
+"""Execution providers of ONNX Runtime that vendors ship, each in a process of its own.
+
+The neutral graph is legalized for the runtime of that environment, the provider is asked which
+nodes it takes, and what it takes is compiled and run there. Nothing falls to that runtime's own
+CPU kernels: what the provider does not take goes to hal's host runtime, and is counted as such.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401 - registers the names of small dtypes with NumPy
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from hal.descriptor import Descriptor, PluginRoute, Route
+from hal.errors import DescriptorError, TargetError, UnsupportedError
+from hal.ir import Graph
+from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
+from hal.targets.onnxruntime.kernels import NEWEST, KernelTable, kernel_table
+from hal.targets.onnxruntime.legalize import legalize
+from hal.targets.onnxruntime.opset import OLDEST
+from hal.targets.onnxruntime.weights import externalize, relocate
+from hal.targets.provider.environments import make, require
+from hal.targets.provider.options import ProviderOptions, options_of
+from hal.targets.provider.worker import Worker
+
+_MODEL = "model.onnx"
+_IR_VERSION = 10
+"""What runtimes of the last two years read."""
+
+
+class ProviderBackend(Backend):
+    """A provider in a worker process."""
+
+    name = "provider"
+
+    def __init__(self) -> None:
+        self._left: weakref.WeakKeyDictionary[ir.Graph, frozenset[str | None]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def probe(self) -> Probe:
+        """Present: which environments there are depends on the route."""
+        return Probe("present", "providers run in environments of their own", {})
+
+    def check_route(self, route: Route) -> str:
+        """What the table of the route lacks."""
+        try:
+            options_of(route)
+        except DescriptorError as error:
+            return error.message
+        return ""
+
+    def setup(self, descriptor: Descriptor, say: Callable[[str], None]) -> Path:
+        """Make the environment of the target's provider."""
+        return make(_options(descriptor), say).folder
+
+    def legalize(self, graph: Graph, descriptor: Descriptor) -> Graph:
+        """What the worker's runtime has kernels for, and the provider's choice among it.
+
+        Raises:
+            UnsupportedError: the chip wants static shapes and the model has dynamic dims.
+            TargetError: the environment is not made, or its software fails.
+        """
+        _require_static(graph, descriptor)
+        options = _options(descriptor)
+        with _started(descriptor, options) as (worker, table):
+            legal = legalize(graph, table)
+            _name_nodes(legal.model)
+            proto, weights = _stand_alone(legal)
+            told, _ = worker.ask(
+                {"do": "assign", "weights": weights}, {"model": proto}, limit=options.seconds
+            )
+        names = {n.name for n in legal.graph}
+        self._left[legal.graph] = frozenset(names if told["all"] else told["nodes"])
+        return legal
+
+    def supports(self, node: ir.Node, descriptor: Descriptor) -> Verdict:
+        """What the provider took when it was asked."""
+        graph = node.graph
+        left = self._left.get(graph) if isinstance(graph, ir.Graph) else None
+        if left is None:
+            return Verdict.no("the graph was not shown to the provider")
+        if node.name in left:
+            return Verdict.no(f"{_options(descriptor).provider} does not take it")
+        return Verdict.yes()
+
+    def build(self, graph: Graph, context: BuildContext) -> dict[str, Any]:
+        """Write the segment's model; with ``offline`` the provider's finished programs."""
+        options = _options(context.descriptor)
+        externalize(graph, context.folder, context.bundle)
+        graph.model.ir_version = _IR_VERSION
+        data = ir.to_proto(graph.model).SerializeToString()
+        output = context.folder / _MODEL
+        record: dict[str, Any] = {
+            "model": _MODEL,
+            "nodes": graph.node_count(),
+            "inputs": {v.name: _dtype(v) for v in graph.graph.inputs},
+            "outputs": [v.name for v in graph.graph.outputs],
+            "offline": options.offline,
+        }
+        if not options.offline:
+            output.write_bytes(data)
+            return record
+        with _started(context.descriptor, options) as (worker, _):
+            head = {"do": "compile", "weights": str(context.bundle), "output": str(output)}
+            worker.ask(head, {"model": _bytes(data)}, limit=options.seconds)
+        return record
+
+    def load(self, record: Mapping[str, Any], context: LoadContext) -> Executable:
+        """Start a worker that holds the segment.
+
+        Raises:
+            TargetError: the environment is not made, or its software fails.
+        """
+        options = _options(context.descriptor)
+        data = bytes(context.files.mapped(f"{context.folder}/{record['model']}"))
+        proto = onnx.ModelProto.FromString(data)
+        weights = relocate(proto, context.files)
+        worker = _start(context.descriptor, options)
+        try:
+            _open(worker, options)
+            head = {"do": "load", "weights": str(weights), "threads": context.threads}
+            model = data if record["offline"] else proto.SerializeToString()
+            worker.ask(head, {"model": _bytes(model)}, limit=options.seconds)
+        except TargetError:
+            worker.close()
+            raise
+        return _Remote(worker, record, options.seconds)
+
+
+class _Remote(Executable):
+    """A segment in a worker."""
+
+    def __init__(self, worker: Worker, record: Mapping[str, Any], seconds: float) -> None:
+        self._worker, self._seconds = worker, seconds
+        self._inputs: Mapping[str, str] = record["inputs"]
+        self._outputs: list[str] = list(record["outputs"])
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Send arrays, wait for arrays."""
+        arrays = {name: np.asarray(inputs[name]) for name in self._inputs}
+        head = {"do": "run", "outputs": self._outputs}
+        _, results = self._worker.ask(head, arrays, limit=self._seconds)
+        return dict(results)
+
+    def close(self) -> None:
+        """End the worker."""
+        self._worker.close()
+
+
+class _started:  # noqa: N801 - used as a function
+    """A worker with its provider open, and the kernels of its runtime."""
+
+    def __init__(self, descriptor: Descriptor, options: ProviderOptions) -> None:
+        self._worker = _start(descriptor, options)
+        self._options = options
+
+    def __enter__(self) -> tuple[Worker, KernelTable]:
+        try:
+            return self._worker, _open(self._worker, self._options)
+        except TargetError:
+            self._worker.close()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.close()
+
+
+def _start(descriptor: Descriptor, options: ProviderOptions) -> Worker:
+    place = require(options, descriptor.name)
+    files = str(place.files)
+    variables = {k: v.replace("{files}", files) for k, v in options.variables.items()}
+    return Worker(place.python, descriptor.name, variables)
+
+
+def _open(worker: Worker, options: ProviderOptions) -> KernelTable:
+    head = {
+        "do": "open", "provider": options.provider, "library": options.library,
+        "options": {k: _text(v) for k, v in options.options.items()},
+        "entries": {k: _text(v) for k, v in options.session_options.items()},
+    }  # fmt: skip
+    told, _ = worker.ask(head, _probes(), limit=options.seconds)
+    if not told["reads"]:
+        raise TargetError(
+            f"onnxruntime {told['version']} reads no operator set that hal writes",
+            "pin a newer version of the packages in the descriptor",
+        )
+    newest = max(told["reads"])
+    return kernel_table().until(min(newest, options.opset or newest))
+
+
+@functools.cache
+def _probes() -> dict[str, np.ndarray]:
+    """The smallest model of each operator set that hal may write."""
+    models = {}
+    for opset in range(OLDEST, NEWEST + 1):
+        value = ir.Value(name="x", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.FLOAT))
+        node = ir.Node("", "Identity", [value])
+        node.outputs[0].name = "y"
+        node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+        graph = ir.Graph([value], node.outputs, nodes=[node], opset_imports={"": opset}, name="g")
+        model = ir.Model(graph, ir_version=_IR_VERSION)
+        models[str(opset)] = _bytes(ir.to_proto(model).SerializeToString())
+    return models
+
+
+def _options(descriptor: Descriptor) -> ProviderOptions:
+    for route in descriptor.routes.values():
+        if isinstance(route, PluginRoute) and route.backend == ProviderBackend.name:
+            return options_of(route)
+    raise DescriptorError(
+        f"target {descriptor.name!r} has no route of the backend 'provider'",
+        "add one, see docs/vendors.md",
+    )
+
+
+def _require_static(graph: Graph, descriptor: Descriptor) -> None:
+    if descriptor.behaviour.dynamic_shapes:
+        return
+    for value in graph.graph.inputs:
+        for dim in value.shape or ():
+            if not isinstance(dim, int):
+                raise UnsupportedError(
+                    f"target {descriptor.name!r} takes static shapes only, and input "
+                    f"{value.name!r} has the dynamic dim {str(dim)!r}",
+                    f"give it an extent: --dim {dim}=1",
+                )
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Give every node a name of its own: by it the provider says what it takes."""
+    seen: set[str] = set()
+    for index, node in enumerate(model.graph.all_nodes()):
+        if not node.name or node.name in seen:
+            node.name = f"{node.op_type}_{index}"
+        seen.add(node.name)
+
+
+def _stand_alone(graph: Graph) -> tuple[np.ndarray, str]:
+    """The model as bytes, and the folder that its external weights are relative to."""
+    model = graph.model.clone()
+    model.ir_version = _IR_VERSION
+    folders = {
+        str(v.const_value.base_dir)
+        for v in model.graph.initializers.values()
+        if isinstance(v.const_value, ir.ExternalTensor)
+    }
+    if len(folders) > 1:
+        raise TargetError("weights lie in several folders", "write the bundle again")
+    return _bytes(ir.to_proto(model).SerializeToString()), next(iter(folders), str(Path.cwd()))
+
+
+def _bytes(data: bytes) -> np.ndarray:
+    return np.frombuffer(data, np.uint8)
+
+
+def _dtype(value: ir.Value) -> str:
+    return value.dtype.name if value.dtype is not None else ""
+
+
+def _text(value: object) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)
