@@ -42,6 +42,7 @@ from hal.ir.weights import write_weights
 from hal.passes import default_pipeline
 from hal.passes.base import Pipeline
 from hal.passes.cache_layout import CacheLayout
+from hal.passes.fix_dims import fix_dims
 from hal.passes.pick_positions import PickPositions
 from hal.quantization import Plan, beside, parse_request, quantize_graph, resumable
 from hal.runtime import verification
@@ -73,6 +74,7 @@ def compile(
     target: str | Sequence[str] = "host",
     output: str | Path | None = None,
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    dims: Mapping[str, int] | None = None,
     quantize: str | Path | Plan | None = None,
     calibration: Any = None,
     accuracy_budget: str | None = None,
@@ -92,12 +94,12 @@ def compile(
         output: where the bundle goes: a name that ends in ``.hal`` makes one file, any other a
             directory; None keeps it in a temporary folder that goes with the returned object.
         dynamic: names for dynamic axes, ``{"x": {0: "batch"}}``.
+        dims: extents for dynamic dims, ``{"batch": 1}``, for chips that take static shapes only.
         quantize: how to store weights, as ``w4a16-g32:gptq, head=w8a16`` (see
             :func:`hal.passes.quantize.parse_recipe`), ``auto`` for what the first target prefers,
             or the path of a plan; None keeps the model's own. Builds are then verified against the
             quantized graph: what quantization changes is no error of a build.
-        calibration: data that methods look at and budgets are measured on: the path of a text, of
-            a ``.npy`` of token ids or of an ``.npz``; or arrays (see
+        calibration: data that methods look at and budgets are measured on, a path or arrays (see
             :func:`hal.quantization.data.load_calibration`).
         accuracy_budget: bounds such as ``kl<=0.02`` or ``top1>=0.99``, which the fewest bytes are
             searched for.
@@ -116,8 +118,7 @@ def compile(
         ModelError: the model cannot be read or exported.
         TargetError: a target is unknown or cannot be built here.
         UnsupportedError: an op that nothing covers.
-        CheckFailed: a build is out of tolerance (names the first tensor that diverges), or a
-            budget is not met.
+        CheckFailed: a build is out of tolerance, or a budget is not met.
         InputError: an argument is wrong.
     """
     targets = check_options(target, None, kv_cache)
@@ -132,7 +133,7 @@ def compile(
     ):
         job.say("reading the model")
         loaded = frontends.load(model, inputs, dynamic)
-        source, assets, graph = loaded.source, loaded.assets, loaded.graph
+        source, assets, graph = loaded.source, loaded.assets, fix_dims(loaded.graph, dims)
         del loaded
         verify_graph(graph)
         in_a_file = isinstance(model, (str, Path)) and not str(model).startswith("python:")
@@ -280,10 +281,7 @@ def _build_all(
 
 
 def _lowered(graph: Graph, options: CacheOptions) -> Graph:
-    """The graph as builds run it: growing state in pools, logits where they are asked for.
-
-    Itself if it carries no state.
-    """
+    """The graph as builds run it: growing state in pools, logits where they are asked for."""
     if not graph.state:
         return graph
     layout = CacheLayout(options.layout or "contiguous", options.bits or 0)

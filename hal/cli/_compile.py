@@ -16,6 +16,7 @@ from hal.cli._options import (
     dynamic_of,
     example_inputs,
     open_bundle,
+    parse_dims,
     parse_dynamic,
     parse_input,
 )
@@ -70,6 +71,12 @@ def compile_command(
     dynamic: Annotated[
         list[str] | None,
         typer.Option("--dynamic", metavar="NAME:AXIS=SYM", help="A free axis; repeatable."),
+    ] = None,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dim", metavar="NAME=N", help="Fix a dynamic dim, for static chips; repeatable."
+        ),
     ] = None,
     quantize: Annotated[
         str | None,
@@ -131,6 +138,7 @@ def compile_command(
             target=target or ["host"],
             output=output,
             dynamic=free or None,
+            dims=parse_dims(dim or []),
             quantize=quantize,
             calibration=calibration,
             accuracy_budget=accuracy_budget,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hal.errors import TargetError
-from hal.runtime.cache import cache_folder
 from hal.targets.provider.options import ProviderOptions
 
 _TAIL = 3
@@ -49,7 +49,14 @@ def environment_of(options: ProviderOptions) -> Environment:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     facts = [version, sorted(options.packages), sorted(options.debian)]
     name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    return Environment(cache_folder("environments") / name)
+    return Environment(_home() / name)
+
+
+def _home() -> Path:
+    """``$HAL_ENVIRONMENTS``, or a folder among the user's data."""
+    chosen = os.environ.get("HAL_ENVIRONMENTS")
+    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return Path(chosen) if chosen else data / "hal" / "environments"
 
 
 def require(options: ProviderOptions, target: str) -> Environment:

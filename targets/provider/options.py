@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hal.descriptor import PluginRoute, Route
-from hal.descriptor._base import Model
 from hal.errors import DescriptorError
 
 Option = str | int | float | bool
 
 
-class ProviderOptions(Model):
+class ProviderOptions(BaseModel):
     """The table ``[routes.<name>]`` with ``backend = "provider"``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
 
     provider: str = Field(min_length=1)
     """Name of the execution provider."""

@@ -34,9 +34,9 @@ def described(folder: Path, route: str = ROUTE, dynamic: str = "true") -> Path:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HAL_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+def environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HAL_ENVIRONMENTS", str(tmp_path / "environments"))
+    return tmp_path / "environments"
 
 
 def model(folder: Path, rows: int | str = 2) -> Path:
