@@ -25,6 +25,7 @@ LAYERS = {
     "hal.runtime": "runtime",
     "hal.compiler": "compiler",
     "hal.quantization": "compiler",
+    "hal.conformance": "conformance",
     "hal.server": "server",
     "hal.cli": "cli",
     "hal": "facade",
@@ -41,7 +42,18 @@ MAY_IMPORT = {
     "runtime": {"ir", "descriptor", "targets"},
     "compiler": {"ir", "descriptor", "frontends", "passes", "targets", "runtime"},
     "server": {"runtime"},
-    "cli": {"ir", "descriptor", "frontends", "targets", "runtime", "compiler", "server", "facade"},
+    "conformance": {"ir", "facade"},
+    "cli": {
+        "ir",
+        "descriptor",
+        "frontends",
+        "targets",
+        "runtime",
+        "compiler",
+        "server",
+        "conformance",
+        "facade",
+    },
     "facade": {"compiler", "runtime", "targets"},
 }
 """The table of docs/architecture.md; every layer may also import itself and ``hal.errors``."""

@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 import hal
-from hal.cli import _bench, _compile, _demo, _eval, _inspect, _run, _serve, _targets, _verify
+from hal.cli import (
+    _bench,
+    _compile,
+    _conformance,
+    _demo,
+    _eval,
+    _inspect,
+    _run,
+    _serve,
+    _targets,
+    _verify,
+)
 
 
 def create() -> typer.Typer:
@@ -29,6 +40,7 @@ def create() -> typer.Typer:
     app.command("serve", epilog=_serve.EXAMPLE)(_serve.serve_command)
     app.command("bench", epilog=_bench.EXAMPLE)(_bench.bench_command)
     app.command("eval", epilog=_eval.EXAMPLE)(_eval.eval_command)
+    app.command("conformance", epilog=_conformance.EXAMPLE)(_conformance.conformance_command)
     app.command("demo", epilog=_demo.EXAMPLE)(_demo.demo_command)
     app.add_typer(_targets.create(), name="targets")
     return app

@@ -22,11 +22,11 @@ from hal.descriptor import Descriptor, PluginRoute, Route
 from hal.errors import DescriptorError, TargetError, UnsupportedError
 from hal.ir import Graph
 from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
+from hal.targets.environments import Environment
 from hal.targets.onnxruntime.kernels import NEWEST, KernelTable, kernel_table
 from hal.targets.onnxruntime.legalize import legalize
 from hal.targets.onnxruntime.opset import OLDEST
 from hal.targets.onnxruntime.weights import externalize, relocate
-from hal.targets.provider.environments import make, require
 from hal.targets.provider.options import ProviderOptions, options_of
 from hal.targets.provider.worker import Worker
 
@@ -59,7 +59,7 @@ class ProviderBackend(Backend):
 
     def setup(self, descriptor: Descriptor, say: Callable[[str], None]) -> Path:
         """Make the environment of the target's provider."""
-        return make(_options(descriptor), say).folder
+        return _environment(_options(descriptor)).make(say)
 
     def legalize(self, graph: Graph, descriptor: Descriptor) -> Graph:
         """What the worker's runtime has kernels for, and the provider's choice among it.
@@ -174,10 +174,14 @@ class _started:  # noqa: N801 - used as a function
 
 
 def _start(descriptor: Descriptor, options: ProviderOptions) -> Worker:
-    place = require(options, descriptor.name)
+    place = _environment(options).require(descriptor.name)
     files = str(place.files)
     variables = {k: v.replace("{files}", files) for k, v in options.variables.items()}
     return Worker(place.python, descriptor.name, variables)
+
+
+def _environment(options: ProviderOptions) -> Environment:
+    return Environment(("numpy", *options.packages), options.debian)
 
 
 def _open(worker: Worker, options: ProviderOptions) -> KernelTable:

@@ -9,7 +9,7 @@ import os
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
 
@@ -43,7 +43,7 @@ os.environ.setdefault("TVM_BIND_THREADS", "0")
 class TvmBackend(Backend):
     """Compiles segments to a shared library by Relax, TIR and LLVM."""
 
-    name = "tvm"
+    name: ClassVar[str] = "tvm"
 
     def __init__(self) -> None:
         self._refused: weakref.WeakKeyDictionary[ir.Graph, dict[ir.Node, str]] = (
@@ -81,7 +81,7 @@ class TvmBackend(Backend):
         _require_tvm()
         from hal.targets.tvm.legalize import legalize
 
-        return legalize(graph, _shaping(descriptor))
+        return legalize(graph, shaping_of(descriptor))
 
     def weights_read(self, graph: Graph) -> WeightReads:
         """Counted on the weights as the kernels have them packed."""
@@ -96,7 +96,7 @@ class TvmBackend(Backend):
         if not isinstance(graph, ir.Graph):
             return Verdict.no("the node is in a function body")
         if graph not in self._refused:
-            self._refused[graph] = check(graph, _shaping(descriptor))
+            self._refused[graph] = check(graph, shaping_of(descriptor))
         reason = self._refused[graph].get(node)
         return Verdict.yes() if reason is None else Verdict.no(reason)
 
@@ -112,7 +112,7 @@ class TvmBackend(Backend):
         from hal.targets.tvm.weights import record_weights
 
         route, target = tvm_route(context.descriptor), tvm_target(context.descriptor)
-        shaping = _shaping(context.descriptor)
+        shaping = shaping_of(context.descriptor)
         lowered = lower(graph, shaping)
         library = compile_module(lowered.module, target, shaping.lanes)
         export(library, context.folder / LIBRARY, route.cross_compiler)
@@ -198,7 +198,8 @@ def _require_tvm() -> None:
         raise MissingExtraError("the backend tvm", "tvm")
 
 
-def _shaping(descriptor: Descriptor) -> Shaping:
+def shaping_of(descriptor: Descriptor) -> Shaping:
+    """Numbers of the chip that kernels are shaped by."""
     from hal.kernels.quantized_layout import byte_dot
     from hal.targets.tvm.lowering import Shaping
 

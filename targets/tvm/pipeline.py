@@ -22,16 +22,7 @@ def pipeline(target: tvm.target.Target, lanes: int, step: str = "") -> Any:
         with target:
             return tvm.transform.Sequential(
                 [
-                    relax.transform.DeadCodeElimination(),
-                    relax.transform.LegalizeOps(),
-                    relax.transform.AnnotateTIROpPattern(),
-                    relax.transform.FuseOps(),
-                    relax.transform.FuseTIR(),
-                    schedule(lanes),
-                    relax.transform.RewriteDataflowReshape(),
-                    relax.transform.ToNonDataflow(),
-                    relax.transform.RemovePurityChecking(),
-                    relax.transform.CallTIRRewrite(),
+                    calls_of_kernels(lanes),
                     parallel_regions(step),
                     relax.transform.StaticPlanBlockMemory(),
                     relax.transform.LowerAllocTensor(),
@@ -45,6 +36,24 @@ def pipeline(target: tvm.target.Target, lanes: int, step: str = "") -> Any:
             )(module)
 
     return passes
+
+
+def calls_of_kernels(lanes: int) -> Any:
+    """The passes after which a function allocates tensors and calls kernels that write them."""
+    return tvm.transform.Sequential(
+        [
+            relax.transform.DeadCodeElimination(),
+            relax.transform.LegalizeOps(),
+            relax.transform.AnnotateTIROpPattern(),
+            relax.transform.FuseOps(),
+            relax.transform.FuseTIR(),
+            schedule(lanes),
+            relax.transform.RewriteDataflowReshape(),
+            relax.transform.ToNonDataflow(),
+            relax.transform.RemovePurityChecking(),
+            relax.transform.CallTIRRewrite(),
+        ]
+    )
 
 
 def _no_aliases() -> Any:

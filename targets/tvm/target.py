@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from hal.descriptor import Descriptor, TvmRoute
@@ -27,20 +28,25 @@ def tvm_route(descriptor: Descriptor) -> TvmRoute:
 
 
 def tvm_target(descriptor: Descriptor) -> dict[str, Any]:
-    """The route's target, completed for LLVM by attributes and the width of vectors.
+    """The target of the first route through TVM, completed."""
+    return completed_target(descriptor, tvm_route(descriptor).target)
+
+
+def completed_target(descriptor: Descriptor, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """A route's target, completed for LLVM by attributes and the width of vectors.
 
     Attributes of instructions that are offered are switched on, those of instructions that the
     descriptor knows and does not offer are switched off: a processor's name may imply them. What
     the route says itself stays as it is.
     """
-    target = dict(tvm_route(descriptor).target)
+    target = dict(stated)
     if target["kind"] != "llvm":
         return target
-    stated = list(target.get("mattr", ()))
-    known = {attribute.lstrip("+-") for attribute in stated}
+    given = list(target.get("mattr", ()))
+    known = {attribute.lstrip("+-") for attribute in given}
     offered = {attribute.lstrip("+") for attribute in descriptor.llvm_features()}
     every = {a.lstrip("+") for i in descriptor.instructions for a in i.llvm_features}
-    attributes = stated + [
+    attributes = given + [
         ("+" if name in offered else "-") + name for name in sorted(every - known)
     ]
     if attributes:
@@ -50,4 +56,4 @@ def tvm_target(descriptor: Descriptor) -> dict[str, Any]:
     return target
 
 
-__all__ = ["tvm_route", "tvm_target"]
+__all__ = ["completed_target", "tvm_route", "tvm_target"]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
+import re
 from typing import Any
 
 import pytest
 
-_SCRIPT = Path(__file__).parents[2] / "benchmarks" / "onnx_backend_suite.py"
+from hal import conformance as suite
 
 # A few cases each of what goes a different way: kernels, casts, bodies, branches, sequences,
 # strings, recurrent ops, quantization, old opsets.
@@ -48,29 +45,15 @@ SAMPLE = {
 }
 
 
-@pytest.fixture(scope="module")
-def suite() -> ModuleType:
-    """The script of the benchmark."""
-    spec = importlib.util.spec_from_file_location("onnx_backend_suite", _SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def sample(suite: ModuleType) -> list[Any]:
+def sample() -> list[Any]:
     """The sampled cases, without the forms that ONNX itself expanded."""
-    import re
-
     pattern = re.compile("|".join(f"(?:{p})" for p in SAMPLE.values()))
     cases = [c for c in suite.node_cases(list(SAMPLE)) if not c.name.endswith("_expanded")]
     return [c for c in cases if pattern.search(c.name) and "expanded" not in c.name]
 
 
-def test_a_sample_of_the_suite_passes_on_onnxruntime(suite: ModuleType) -> None:
-    cases = sample(suite)
+def test_a_sample_of_the_suite_passes_on_onnxruntime() -> None:
+    cases = sample()
     assert len(cases) >= 30
     failed = {}
     for case in cases:
@@ -88,15 +71,13 @@ def test_a_sample_of_the_suite_passes_on_onnxruntime(suite: ModuleType) -> None:
         ("affinegrid", "test_affine_grid_2d", True),
     ],
 )
-def test_corners_of_the_suite_pass_on_tvm(
-    suite: ModuleType, module: str, name: str, fallback: bool
-) -> None:
+def test_corners_of_the_suite_pass_on_tvm(module: str, name: str, fallback: bool) -> None:
     pytest.importorskip("tvm")
     (case,) = (c for c in suite.node_cases([module]) if c.name == name)
     assert suite.run_case(case, "host:tvm", fallback, native=False).reason == ""
 
 
-def test_a_wrong_result_is_told_from_an_unsupported_op(suite: ModuleType) -> None:
+def test_a_wrong_result_is_told_from_an_unsupported_op() -> None:
     (case, *_) = suite.node_cases(["sign"])
     wrong = suite.Case(
         case.name, case.model, lambda: [(i, [-o for o in e]) for i, e in case.data()], 1e-3, 1e-7
@@ -108,7 +89,7 @@ def test_a_wrong_result_is_told_from_an_unsupported_op(suite: ModuleType) -> Non
     assert "ImageDecoder" in outcome.reason
 
 
-def test_a_worker_that_dies_counts_against_its_case_only(suite: ModuleType) -> None:
+def test_a_worker_that_dies_counts_against_its_case_only() -> None:
     import os
 
     (good, *_) = suite.node_cases(["softsign"])
@@ -131,9 +112,7 @@ def test_a_worker_that_dies_counts_against_its_case_only(suite: ModuleType) -> N
         ("host:tvm", False, 1100),
     ],
 )
-def test_the_whole_suite_passes(
-    suite: ModuleType, target: str, fallback: bool, wanted: int
-) -> None:
+def test_the_whole_suite_passes(target: str, fallback: bool, wanted: int) -> None:
     cases = suite.node_cases()
     figures = suite.summary(list(suite.run_suite(cases, target, fallback=fallback, jobs=2)))
     assert figures["regressions"] == []
@@ -141,6 +120,6 @@ def test_the_whole_suite_passes(
 
 
 @pytest.mark.slow
-def test_the_image_classifiers_of_the_suite_pass(suite: ModuleType) -> None:
+def test_the_image_classifiers_of_the_suite_pass() -> None:
     outcomes = list(suite.run_suite(suite.light_cases(), "host:onnxruntime"))
     assert [o.name for o in outcomes if o.status != "passed"] == []

@@ -1,0 +1,283 @@
+"""Running cases in processes of their own: a crash or a hang counts against its case only.
+
+A case passes if the target runs all of its nodes itself and gives the right values; what falls to
+the host is no success of a target, unless that is asked for. The same case may also run on
+onnxruntime used directly, which tells what hal gets wrong from what the suite itself gets wrong.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import multiprocessing
+import multiprocessing.connection
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+from onnx.backend.test.runner import Runner
+
+from hal.conformance.cases import Case
+from hal.conformance.models import ModelCase
+
+PASSED, WRONG, UNSUPPORTED, ERROR = "passed", "wrong", "unsupported", "error"
+STATUSES = (PASSED, WRONG, UNSUPPORTED, ERROR)
+TIME_LIMIT = 120.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How one case went.
+
+    Attributes:
+        name, op: of the case.
+        status: one of :data:`STATUSES`.
+        reason: why it did not pass.
+        native: how it went on onnxruntime alone, where that was asked for.
+        seconds: to compile, load and run it.
+        max_error: largest difference from the reference, of models.
+        share: of the nodes, how many the target ran itself, of models.
+    """
+
+    name: str
+    op: str
+    status: str
+    reason: str
+    native: str
+    seconds: float
+    max_error: float | None = None
+    share: float | None = None
+
+
+def run_case(case: Case | ModelCase, target: str, fallback: bool, native: bool = True) -> Outcome:
+    """Run one case through hal and, unless told otherwise, through onnxruntime alone."""
+    if isinstance(case, ModelCase):
+        return _run_model(case, target, fallback)
+    start = time.perf_counter()
+    status, reason = _judge(case, lambda: _hal_runner(case, target, fallback))
+    seconds = time.perf_counter() - start
+    alone = _judge(case, lambda: _native_runner(case))[0] if native else ""
+    return Outcome(case.name, case.op, status, reason, alone, seconds)
+
+
+def _run_model(case: ModelCase, target: str, fallback: bool) -> Outcome:
+    """Compile and verify a model; one of which the host runs every node has failed."""
+    import hal
+    from hal.errors import CheckFailed
+
+    start = time.perf_counter()
+    status, reason, error, share = PASSED, "", None, None
+    try:
+        with tempfile.TemporaryDirectory(prefix="model-") as folder:
+            source = case.write(Path(folder))
+            bundle = hal.compile(source, target=target, fallback=fallback, **case.options)
+            record = next(iter(bundle.manifest.builds.values()))
+        assigned, nodes = record.placement["assigned"], record.placement["nodes"]
+        share = assigned.get(record.backend, 0) / nodes if nodes else 1.0
+        outputs = (record.verification or {}).get("outputs", {})
+        error = max((o["max_error"] for o in outputs.values()), default=None)
+        if share == 0:
+            status, reason = ERROR, "the target takes none of its nodes: all run on the host"
+    except CheckFailed as failed:
+        status, reason = WRONG, failed.message
+    except Exception as failed:  # noqa: BLE001 - whatever a model raises is its outcome
+        status, reason = _failure(failed)
+    seconds = time.perf_counter() - start
+    return Outcome(case.name, case.op, status, reason, "", seconds, error, share)
+
+
+def _failure(error: Exception) -> tuple[str, str]:
+    """A refusal before anything ran is told from what was claimed and then failed."""
+    from hal.errors import HalError, TargetError
+
+    kind = type(error).__name__
+    if isinstance(error, HalError):
+        return ERROR if isinstance(error, TargetError) else UNSUPPORTED, f"{kind}: {error.message}"
+    return ERROR, f"{kind}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+Runnable = Callable[[list[Any]], list[Any]]
+
+
+def _judge(case: Case, prepare: Callable[[], Runnable]) -> tuple[str, str]:
+    try:
+        run = prepare()
+        for inputs, expected in case.data():
+            outputs = run([_array(item) for item in inputs])
+            wanted = [_array(item) for item in expected]
+            Runner.assert_similar_outputs(wanted, outputs, case.rtol, case.atol)
+    except AssertionError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return WRONG, " ".join(lines[:4])
+    except Exception as error:  # noqa: BLE001 - whatever a case raises is its outcome
+        return _failure(error)
+    return PASSED, ""
+
+
+def _hal_runner(case: Case, target: str, fallback: bool) -> Runnable:
+    import hal
+
+    with tempfile.TemporaryDirectory(prefix="suite-") as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(case.model.SerializeToString())
+        bundle = hal.compile(path, target=target, verify=False, fallback=fallback)
+    session = bundle.session(threads=1)
+
+    def run(inputs: list[Any]) -> list[Any]:
+        names = _input_names(case.model)
+        given = {n: v for n, v in zip(names, inputs, strict=False) if v is not None}
+        results = session.run(given)
+        return [results[value.name] for value in case.model.graph.output]
+
+    return run
+
+
+def _native_runner(case: Case) -> Runnable:
+    import onnxruntime as ort
+
+    from hal.ir.ortvalue import from_ort, to_ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    session = ort.InferenceSession(
+        case.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    names = [value.name for value in case.model.graph.output]
+    plain = all(
+        v.type.startswith("tensor(") and "string" not in v.type
+        for v in [*session.get_inputs(), *session.get_outputs()]
+    )
+
+    def run(inputs: list[Any]) -> list[Any]:
+        given = dict(zip(_input_names(case.model), inputs, strict=False))
+        if not plain:
+            return list(session.run(names, given))
+        values = {name: to_ort(value) for name, value in given.items()}
+        return [from_ort(value) for value in session.run_with_ort_values(names, values)]
+
+    return run
+
+
+def _input_names(model: onnx.ModelProto) -> list[str]:
+    weights = {t.name for t in model.graph.initializer}
+    return [value.name for value in model.graph.input if value.name not in weights]
+
+
+def _array(item: Any) -> Any:
+    """Data of a case as arrays: some come as protocol buffers, in spite of their annotations."""
+    if isinstance(item, onnx.TensorProto):
+        return onnx.numpy_helper.to_array(item)
+    if isinstance(item, onnx.SequenceProto):
+        return onnx.numpy_helper.to_list(item)
+    if isinstance(item, onnx.OptionalProto):
+        return onnx.numpy_helper.to_optional(item)
+    if isinstance(item, np.generic):
+        return np.asarray(item)
+    return item
+
+
+# -- many cases -------------------------------------------------------------------------------
+
+
+class _Worker:
+    """A process that runs cases by number; it inherits them, only results are pickled."""
+
+    def __init__(
+        self, cases: Sequence[Case | ModelCase], arguments: tuple[str, bool, bool]
+    ) -> None:
+        context = multiprocessing.get_context("fork")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=_work, args=(other, cases, arguments), daemon=True)
+        self.process.start()
+        other.close()
+        self.index: int | None = None
+        self.deadline = 0.0
+
+    def give(self, index: int, limit: float) -> None:
+        self.index, self.deadline = index, time.monotonic() + limit
+        self.pipe.send(index)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def _work(
+    pipe: multiprocessing.connection.Connection,
+    cases: Sequence[Case | ModelCase],
+    arguments: tuple[str, bool, bool],
+) -> None:
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    warnings.simplefilter("ignore")
+    while True:
+        try:
+            index = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(run_case(cases[index], *arguments))
+
+
+def run_suite(
+    cases: Sequence[Case | ModelCase],
+    target: str,
+    *,
+    fallback: bool = True,
+    native: bool = True,
+    jobs: int = 1,
+    limit: float = TIME_LIMIT,
+) -> Iterator[Outcome]:
+    """Run cases in worker processes; yields outcomes as they come.
+
+    A worker that dies or runs past ``limit`` seconds is replaced; its case counts as an error.
+    """
+    arguments = (target, fallback, native)
+    todo = collections.deque(range(len(cases)))
+    workers = [_Worker(cases, arguments) for _ in range(min(jobs, len(cases)))]
+    try:
+        while todo or any(w.index is not None for w in workers):
+            for worker in workers:
+                if worker.index is None and todo:
+                    worker.give(todo.popleft(), limit)
+            busy = [w for w in workers if w.index is not None]
+            multiprocessing.connection.wait([w.pipe for w in busy], timeout=1.0)
+            for worker in busy:
+                outcome = _collect(worker, cases)
+                if outcome is None:
+                    continue
+                if not worker.process.is_alive():
+                    worker.kill()
+                    workers[workers.index(worker)] = _Worker(cases, arguments)
+                worker.index = None
+                yield outcome
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def _collect(worker: _Worker, cases: Sequence[Case | ModelCase]) -> Outcome | None:
+    assert worker.index is not None
+    case = cases[worker.index]
+    try:
+        if worker.pipe.poll():
+            result: Outcome = worker.pipe.recv()
+            return result
+    except (EOFError, ConnectionError):
+        worker.process.join()
+        reason = f"the process died with exit code {worker.process.exitcode}"
+        return Outcome(case.name, case.op, ERROR, reason, "", 0.0)
+    if time.monotonic() > worker.deadline:
+        worker.process.kill()
+        worker.process.join()
+        return Outcome(case.name, case.op, ERROR, "ran past the time limit", "", TIME_LIMIT)
+    return None

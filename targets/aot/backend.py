@@ -1,0 +1,244 @@
+"""Programs without a runtime: kernels and a table of calls, linked ahead of time.
+
+The same kernels as on the route through TVM, compiled to an object for the chip, and a C program
+of two hundred lines that calls them in their order. It needs a C library and no runtime, no
+Python and no operating system but files, so it runs where those cannot go: under an emulator of
+another processor, in a WebAssembly engine, on small boards. Shapes are static.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, ClassVar
+
+import ml_dtypes  # noqa: F401 - registers the names of small dtypes with NumPy
+import numpy as np
+import onnx_ir as ir
+
+from hal.descriptor import Descriptor, PluginRoute, Route
+from hal.errors import DescriptorError, InputError, TargetError, UnsupportedError
+from hal.ir import Graph
+from hal.targets.aot.options import AotOptions, options_of
+from hal.targets.backend import BuildContext, Executable, LoadContext, Probe
+from hal.targets.environments import Environment
+from hal.targets.process import Supervised
+from hal.targets.tvm.backend import TvmBackend, shaping_of
+from hal.targets.tvm.dtypes import STORED_AS, from_storage, to_storage
+
+HERE = Path(__file__).parent
+PROGRAM, WEIGHTS = "program", "weights.bin"
+
+
+class AotBackend(TvmBackend):
+    """Links a program for each segment, and runs it in a process."""
+
+    name: ClassVar[str] = "aot"
+
+    def probe(self) -> Probe:
+        """As TVM is, which compiles the kernels."""
+        return super().probe()
+
+    def check_route(self, route: Route) -> str:
+        """What the table of the route lacks."""
+        try:
+            options_of(route, "route")
+        except DescriptorError as error:
+            return error.message
+        return ""
+
+    def setup(self, descriptor: Descriptor, say: Callable[[str], None]) -> Path:
+        """Make the environment with the C compiler and the emulator."""
+        return _environment(_options(descriptor)).make(say)
+
+    def legalize(self, graph: Graph, descriptor: Descriptor) -> Graph:
+        """As TVM does; dynamic dims and carried state are refused here already.
+
+        Raises:
+            UnsupportedError: the graph has one of them.
+        """
+        _require_static(graph, descriptor)
+        return super().legalize(graph, descriptor)
+
+    def build(self, graph: Graph, context: BuildContext) -> dict[str, Any]:
+        """Write the program and its weights.
+
+        Raises:
+            UnsupportedError: a node cannot be lowered, or needs a runtime.
+            TargetError: the environment is not made, or its compiler fails.
+        """
+        from hal.targets.aot.plan import plan
+        from hal.targets.aot.program import kernel_object, planned_module
+        from hal.targets.aot.source import program_header
+        from hal.targets.tvm.lower import lower
+        from hal.targets.tvm.target import completed_target
+
+        options = _options(context.descriptor)
+        place = _environment(options).require(context.descriptor.name)
+        target = completed_target(context.descriptor, options.target)
+        shaping = shaping_of(context.descriptor)
+        lowered = lower(graph, shaping)
+        module = planned_module(lowered.module, target, shaping.lanes)
+        planned = plan(module, [_array(v) for v in lowered.weights])
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "program.h").write_text(program_header(planned))
+            kernel_object(module, planned, target, folder / "kernels.o")
+            command = [
+                *_filled(options.compile, place), f"-I{folder}", str(HERE / "runtime.c"),
+                str(folder / "kernels.o"), "-lm", "-o", str(context.folder / PROGRAM),
+            ]  # fmt: skip
+            _compile(command, context.descriptor.name)
+        with (context.folder / WEIGHTS).open("wb") as file:
+            for memory in planned.memory:
+                if memory.constant is not None:
+                    file.seek(memory.offset)
+                    file.write(np.ascontiguousarray(memory.constant).tobytes())
+            file.truncate(planned.weight_bytes)
+        return {
+            "inputs": _ports(lowered.inputs, planned.inputs),
+            "outputs": _ports(lowered.outputs, planned.outputs),
+            "kernels": len({call.kernel for call in planned.calls}),
+            "calls": len(planned.calls),
+            "arena_bytes": planned.arena_bytes,
+            "weight_bytes": planned.weight_bytes,
+        }
+
+    def load(self, record: Mapping[str, Any], context: LoadContext) -> Executable:
+        """Start the program.
+
+        Raises:
+            TargetError: what runs it is not there.
+        """
+        options = _options(context.descriptor)
+        place = _environment(options).require(context.descriptor.name)
+        program = Path(context.files.extracted(f"{context.folder}/{PROGRAM}"))
+        weights = Path(context.files.extracted(f"{context.folder}/{WEIGHTS}"))
+        program.chmod(program.stat().st_mode | 0o111)
+        native = options.machine == platform.machine()
+        run = ("{program}",) if native else options.run
+        command = [*_filled(run, place, program), str(weights)]
+        process = Supervised(command, context.descriptor.name)
+        return AotExecutable(process, record, options.seconds)
+
+
+class AotExecutable(Executable):
+    """A program that runs."""
+
+    def __init__(self, process: Supervised, record: Mapping[str, Any], seconds: float) -> None:
+        self._process, self._seconds = process, seconds
+        self._inputs: Sequence[Sequence[Any]] = record["inputs"]
+        self._outputs: Sequence[Sequence[Any]] = record["outputs"]
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Send arrays, wait for arrays.
+
+        Raises:
+            InputError: an input is missing or has another shape than the program was built for.
+            TargetError: the program died or hangs.
+        """
+        data = b"".join(_sent(inputs, *port) for port in self._inputs)
+
+        def talk(stdin: IO[bytes], stdout: IO[bytes]) -> list[np.ndarray] | None:
+            stdin.write(data)
+            stdin.flush()
+            found = []
+            for _, dtype, shape in self._outputs:
+                stored = np.dtype(STORED_AS[ir.DataType[dtype]])
+                size = int(np.prod(shape)) * stored.itemsize
+                received = stdout.read(size)
+                if len(received) != size:
+                    return None
+                found.append(np.frombuffer(bytearray(received), stored).reshape(shape))
+            return found
+
+        results = self._process.exchange("run", self._seconds, talk)
+        return {
+            name: from_storage(array, ir.DataType[dtype])
+            for (name, dtype, _), array in zip(self._outputs, results, strict=True)
+        }
+
+    def close(self) -> None:
+        """End the program."""
+        self._process.close()
+
+
+def _options(descriptor: Descriptor) -> AotOptions:
+    for route in descriptor.routes.values():
+        if isinstance(route, PluginRoute) and route.backend == AotBackend.name:
+            return options_of(route, descriptor.name)
+    return options_of(None, descriptor.name)
+
+
+def _environment(options: AotOptions) -> Environment:
+    return Environment(options.packages, options.debian)
+
+
+def _filled(command: Sequence[str], place: Environment, program: Path | None = None) -> list[str]:
+    known = {"files": place.files, "python": place.python, "here": HERE, "program": program}
+    filled = []
+    for word in command:
+        for name, path in known.items():
+            word = word.replace("{" + name + "}", str(path))
+        filled.append(word)
+    return filled
+
+
+def _compile(command: Sequence[str], target: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise TargetError(
+            f"the C compiler of {target!r} cannot run: {error}", f"hal targets setup {target}"
+        ) from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+        told = (lines or done.stderr.strip().splitlines() or [str(done.returncode)])[0]
+        raise TargetError(
+            f"the C compiler of {target!r} failed: {told}", "check its route in the descriptor"
+        )
+
+
+def _require_static(graph: Graph, descriptor: Descriptor) -> None:
+    if graph.state:
+        raise UnsupportedError(
+            f"target {descriptor.name!r} has no runtime that carries a state from call to call",
+            "choose a target with a runtime for language models",
+        )
+    for value in graph.graph.inputs:
+        for dim in value.shape or ():
+            if not isinstance(dim, int):
+                raise UnsupportedError(
+                    f"target {descriptor.name!r} takes static shapes only, and input "
+                    f"{value.name!r} has the dynamic dim {str(dim)!r}",
+                    f"give it an extent: --dim {dim}=1",
+                )
+
+
+def _array(value: ir.Value) -> np.ndarray:
+    tensor = value.const_value
+    assert tensor is not None
+    return to_storage(np.asarray(tensor.numpy()), tensor.dtype)
+
+
+def _ports(ports: Sequence[Any], tensors: Sequence[Any]) -> list[list[Any]]:
+    """Name, dtype and shape of each."""
+    return [
+        [port.name, port.dtype.name, list(tensor.shape)]
+        for port, tensor in zip(ports, tensors, strict=True)
+    ]
+
+
+def _sent(inputs: Mapping[str, Any], name: str, dtype: str, shape: list[int]) -> bytes:
+    if name not in inputs:
+        raise InputError(f"input {name!r} is missing", "pass every input by name")
+    array = np.asarray(inputs[name])
+    if list(array.shape) != shape:
+        raise InputError(
+            f"input {name!r} has shape {list(array.shape)}, the program takes {shape}",
+            "compile with other extents: --dim NAME=N",
+        )
+    return np.ascontiguousarray(to_storage(array, ir.DataType[dtype])).tobytes()

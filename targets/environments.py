@@ -1,0 +1,108 @@
+"""Environments of vendors' software and tool chains, each in a folder of its own.
+
+Python packages of vendors overwrite each other (several install a module of the same name), and
+tool chains need no installation to run, so each set of them has a virtual environment, and a
+folder into which files of Debian packages are unpacked. It is named by what is in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hal.errors import TargetError
+
+_TAIL = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """What ``pip`` installs and which Debian packages are unpacked, and where."""
+
+    packages: tuple[str, ...] = ()
+    debian: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """In ``$HAL_ENVIRONMENTS``, or among the user's data."""
+        chosen = os.environ.get("HAL_ENVIRONMENTS")
+        data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+        home = Path(chosen) if chosen else data / "hal" / "environments"
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        facts = [version, sorted(self.packages), sorted(self.debian)]
+        return home / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    @property
+    def python(self) -> Path:
+        """The interpreter."""
+        return self.folder / "venv" / "bin" / "python"
+
+    @property
+    def files(self) -> Path:
+        """Where Debian packages are unpacked."""
+        return self.folder / "files"
+
+    @property
+    def made(self) -> bool:
+        """Whether it is complete; one of nothing is."""
+        return not (self.packages or self.debian) or (self.folder / "made.json").exists()
+
+    def require(self, target: str) -> Environment:
+        """Itself.
+
+        Raises:
+            TargetError: it is not made yet; the hint says how.
+        """
+        if not self.made:
+            needed = ", ".join((*self.packages, *self.debian))
+            raise TargetError(
+                f"target {target!r} needs {needed} in an environment of its own",
+                f"hal targets setup {target}",
+            )
+        return self
+
+    def make(self, say: Callable[[str], None]) -> Path:
+        """Make it if it is not there, told with ``say`` what happens; its folder.
+
+        Raises:
+            TargetError: a package cannot be had; says which command failed and its last words.
+        """
+        if self.made:
+            return self.folder
+        # A virtual environment does not survive being renamed: it is made in place, and counts
+        # only once the file that says so is there.
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.packages:
+            say("making a virtual environment")
+            _run([sys.executable, "-m", "venv", "--clear", str(self.folder / "venv")])
+            say(f"installing {', '.join(self.packages)}")
+            _run([str(self.python), "-m", "pip", "install", "--quiet", *self.packages])
+        if self.debian:
+            say(f"unpacking {', '.join(self.debian)}")
+            self.files.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory() as downloads:
+                _run(["apt-get", "download", *self.debian], Path(downloads))
+                for package in sorted(Path(downloads).glob("*.deb")):
+                    _run(["dpkg", "-x", str(package), str(self.files)])
+        (self.folder / "made.json").write_text(json.dumps(dataclasses.asdict(self)))
+        return self.folder
+
+
+def _run(command: Sequence[str], folder: Path | None = None) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    except OSError as error:
+        raise TargetError(f"{command[0]} cannot run: {error}", "install it") from error
+    if done.returncode:
+        words = (done.stderr or done.stdout).strip().splitlines()[-_TAIL:]
+        raise TargetError(
+            f"{' '.join(command[:4])} … failed: {' / '.join(words) or done.returncode}",
+            "check the network and the free disk space",
+        )

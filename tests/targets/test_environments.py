@@ -1,0 +1,53 @@
+"""Folders of vendors' software: named by what is in them, told where they lack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hal.errors import TargetError
+from hal.targets.environments import Environment
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HAL_ENVIRONMENTS", str(tmp_path / "environments"))
+    return tmp_path / "environments"
+
+
+def test_environments_are_named_by_what_is_in_them(home: Path) -> None:
+    one = Environment(("a==1", "b==2"))
+    assert one.folder.parent == home
+    assert one.folder == Environment(("b==2", "a==1")).folder
+    others = [
+        Environment(("a==1",)),
+        Environment(("a==1", "b==3")),
+        Environment((), ("a==1", "b==2")),
+    ]
+    assert len({one.folder, *(other.folder for other in others)}) == 4
+
+
+def test_one_that_is_not_made_is_told() -> None:
+    with pytest.raises(TargetError, match="'chip' needs a==1, lib in an environment") as caught:
+        Environment(("a==1",), ("lib",)).require("chip")
+    assert caught.value.hint == "hal targets setup chip"
+
+
+def test_packages_that_cannot_be_had_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_CONFIG_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    wanted = Environment(("no-such-package-of-a-chip==1",))
+    said: list[str] = []
+    with pytest.raises(TargetError, match=r"pip install .* failed"):
+        wanted.make(said.append)
+    assert any("no-such-package" in line for line in said)
+    assert not wanted.made
+
+
+def test_one_of_nothing_is_there_already(home: Path) -> None:
+    wanted = Environment()
+    assert wanted.require("chip") is wanted
+    assert wanted.make(lambda _: None) == wanted.folder
+    assert not home.exists()
