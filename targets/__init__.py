@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hal.targets.backends import (
     BackendInfo,
+    backend_digest,
     check_routes,
     code_digest,
     list_backends,
@@ -60,6 +61,7 @@ __all__ = [
     "TargetInfo",
     "Verdict",
     "WeightStore",
+    "backend_digest",
     "check_routes",
     "code_digest",
     "list_backends",

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,19 @@ def code_digest() -> str:
             for path in sorted(Path(folder).rglob("*.py")):
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def backend_digest(backend: Backend) -> str:
+    """Digest of the code of a backend's own package; nothing for those that come with hal."""
+    package = type(backend).__module__.rpartition(".")[0]
+    if package == "hal" or package.startswith("hal."):
+        return ""
+    folders = list(getattr(sys.modules.get(package), "__path__", []))
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(Path(folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16] if folders else ""
 
 
 def list_backends() -> list[BackendInfo]:

@@ -22,7 +22,7 @@ from hal.ir import Graph
 from hal.ir.cache_plan import FIXED_KEY, PLAN_KEY
 from hal.ir.picks import PICK
 from hal.runtime.cache import cache_folder, entry_writer
-from hal.targets import ResolvedTarget, code_digest, load_backend, partition
+from hal.targets import ResolvedTarget, backend_digest, code_digest, load_backend, partition
 from hal.targets.backend import Backend, BuildContext
 
 FALLBACK_BACKEND = "onnxruntime"
@@ -68,6 +68,8 @@ def build_target(
             f"target {target.name!r} cannot be built here: {probe.reason}", _hint(backend)
         )
     toolchain = {"hal": hal.__version__, "code": code_digest(), **probe.versions}
+    if theirs := backend_digest(backend):
+        toolchain["backend_code"] = theirs
     folder = root / build_folder(target.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     entry = None

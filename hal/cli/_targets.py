@@ -1,4 +1,4 @@
-"""``hal targets list|show|validate|setup|schema``."""
+"""``hal targets list|show|validate|setup|new|schema``."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def create() -> typer.Typer:
     app.command("show", epilog="Example: hal targets show x86-64-v4 --json")(show_command)
     app.command("validate", epilog="Example: hal targets validate my-chip.toml")(validate_command)
     app.command("setup", epilog="Example: hal targets setup openvino")(setup_command)
+    app.command("new", epilog="Example: hal targets new my-chip --vendor Acme")(new_command)
     app.command("schema", epilog="Example: hal targets schema > descriptor.schema.json")(
         schema_command
     )
@@ -128,6 +129,30 @@ def setup_command(target: Name, json: Json = False) -> None:
         print_json({"target": found.name, "environment": str(done) if done else None})
         return
     print_line(f"{found.name}: ready in {done}" if done else f"{found.name}: needs nothing")
+
+
+def new_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new target.")],
+    vendor: Annotated[str, typer.Option("--vendor", help="Who makes it.")],
+    route: Annotated[
+        str, typer.Option("--route", help="custom (a backend of its own), onnxruntime or tvm.")
+    ] = "custom",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Where; default: hal-NAME."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write a package that makes a chip known, with tests, to begin with."""
+    from hal.targets.new_package import write_package
+
+    folder = output or Path(f"hal-{name}")
+    written = write_package(name, vendor, route, folder)
+    if json:
+        print_json({"folder": str(folder), "files": [str(path) for path in written]})
+        return
+    print_table("", ("written",), [(str(path),) for path in written])
+    print_line(f"next: pip install -e {folder} && hal conformance {name} --op MatMul,Relu")
 
 
 def schema_command(

@@ -54,12 +54,15 @@ class _Net:
     """Nodes one after the other: ``net.Relu(x)`` adds one."""
 
     def __init__(self) -> None:
-        self._tape = tape.Builder()
+        self._tape = tape.Tape()
         self._weights: list[ir.Value] = []
         self._rng = np.random.default_rng(1)
 
     def __getattr__(self, op: str) -> Any:
-        return getattr(self._tape, op)
+        def add(*inputs: Any, **attributes: Any) -> Any:
+            return self._tape.op(op, inputs, attributes)
+
+        return add
 
     def constant(self, array: np.ndarray) -> ir.Value:
         name = f"w{len(self._weights)}"
@@ -84,7 +87,7 @@ class _Net:
     def save(self, path: Path, x: ir.Value, y: ir.Value, shape: list[int]) -> Path:
         y.name, y.type, y.shape = "y", ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
         graph = ir.Graph(
-            [x], [y], nodes=self._tape.nodes, initializers=self._weights,
+            [x], [y], nodes=list(self._tape.nodes), initializers=self._weights,
             opset_imports={"": _OPSET}, name="model",
         )  # fmt: skip
         ir.save(ir.Model(graph, ir_version=_IR_VERSION), path)

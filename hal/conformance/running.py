@@ -68,7 +68,7 @@ def run_case(case: Case | ModelCase, target: str, fallback: bool, native: bool =
 
 
 def _run_model(case: ModelCase, target: str, fallback: bool) -> Outcome:
-    """Compile and verify a model; one of which the host runs every node has failed."""
+    """Compile and verify a model. One of which the host runs every node is unsupported."""
     import hal
     from hal.errors import CheckFailed
 
@@ -84,7 +84,8 @@ def _run_model(case: ModelCase, target: str, fallback: bool) -> Outcome:
         outputs = (record.verification or {}).get("outputs", {})
         error = max((o["max_error"] for o in outputs.values()), default=None)
         if share == 0:
-            status, reason = ERROR, "the target takes none of its nodes: all run on the host"
+            refused = record.placement["refused"]
+            status, reason = UNSUPPORTED, f"takes none of its nodes: {refused[0]['reason']}"
     except CheckFailed as failed:
         status, reason = WRONG, failed.message
     except Exception as failed:  # noqa: BLE001 - whatever a model raises is its outcome

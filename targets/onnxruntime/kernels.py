@@ -118,7 +118,8 @@ def kernel_table() -> KernelTable:
                 item.domain,
                 item.op_name,
                 Kernel(
-                    *item.version_range,
+                    item.version_range[0],
+                    item.version_range[1],
                     {name: frozenset(values) for name, values in item.type_constraints.items()},
                 ),
             )

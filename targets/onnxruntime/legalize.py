@@ -186,7 +186,8 @@ def _choose_version(model: ir.Model, current: int, table: KernelTable) -> int:
             nodes[key] = (node, nodes[key][1] + 1 if key in nodes else 1)
     versions = dict.fromkeys((current, *range(table.newest, OLDEST - 1, -1)))
     candidates = [v for v in versions if v <= table.newest]
-    best, best_cost = candidates[0], None
+    best: int = candidates[0]
+    best_cost: int | None = None
     for version in candidates:
         cost = 0
         for node, count in nodes.values():
@@ -326,4 +327,4 @@ def _label(node: ir.Node) -> str:
 
 
 def _current(model: ir.Model) -> int:
-    return model.opset_imports.get("", NEWEST)
+    return int(model.opset_imports.get("", NEWEST))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import wire
+import wire  # type: ignore[import-not-found]
 
 CPU = "CPUExecutionProvider"
 

@@ -111,7 +111,7 @@ def test_a_wrong_route_is_told(tmp_path: Path, route: str, words: str) -> None:
         (ROUTE.replace('"-O1"', '"--no-such-option"'), "compiler of 'board' failed"),
         (ROUTE + 'run = ["no-such-emulator", "{program}"]', "cannot start"),
         (ROUTE + 'run = ["false"]', "died during 'run'"),
-        (ROUTE + 'run = ["sleep", "100"]\nseconds = 0.5', "did not finish 'run' in 0.5 s"),
+        (ROUTE + 'run = ["sh", "-c", "sleep 100"]\nseconds = 0.5', "did not finish 'run' in 0.5 s"),
     ],
 )
 def test_tools_that_fail_are_told(tmp_path: Path, route: str, words: str) -> None:

@@ -1,0 +1,1 @@
+"""An invented NPU as a target of hal."""
