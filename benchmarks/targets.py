@@ -1,0 +1,146 @@
+"""Which targets of the library run here, how, and how near to the reference: docs/targets.md.
+
+::
+
+    python benchmarks/targets.py                          # all that can be set up here
+    python benchmarks/targets.py openvino wasm32          # these
+
+Each target is set up (``hal targets setup``) and runs the small models of ``hal conformance``, in
+processes with a time limit. A target that cannot be set up is listed with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import hal
+from hal.conformance import model_cases, run_suite
+from hal.errors import HalError
+from hal.targets import load_backend, resolve
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGETS = (
+    "host:onnxruntime",
+    "host:tvm",
+    "openvino",
+    "hexagon-v73",
+    "hexagon-v75",
+    "webgpu",
+    "raspberry-pi-5:c",
+    "graviton3:c",
+    "graviton4:c",
+    "rv64gcv:c",
+    "spacemit-k1:c",
+    "wasm32",
+)
+MODELS = {
+    "mlp": "perceptron",
+    "cnn": "CNN float32",
+    "cnn-int8": "CNN int8",
+    "encoder": "encoder",
+    "language-model": "language model",
+}
+START = """# Targets that run
+
+Written by `benchmarks/targets.py` from real runs. A cell has the largest difference of an output
+from the neutral graph's reference in float32 (an int8 model's from its own), and the share of
+nodes that the target ran itself; the host ran the others.
+"""
+
+
+def how(target: str) -> str:
+    """What runs the programs here: the chip itself, an emulator, a simulator."""
+    found = resolve(target)
+    if found.backend == "aot":
+        from hal.targets.aot import options_of
+
+        options = options_of(found.route, target)
+        if options.machine == platform.machine():
+            return "native"
+        return Path(options.run[0]).name.removesuffix("-static")
+    if found.descriptor.behaviour.simulator:
+        return "the vendor's emulator" if found.descriptor.kind == "npu" else "SwiftShader"
+    return "native"
+
+
+def tried(target: str, say: Any) -> dict[str, Any]:
+    """One row: set-up, and every model."""
+    start = time.perf_counter()
+    row: dict[str, Any] = {"target": target, "models": {}, "how": ""}
+    try:
+        found = resolve(target)
+        row |= {"how": how(target), "backend": found.backend}
+        say(f"{target}: setting up")
+        load_backend(found.backend).setup(found.descriptor, lambda text: say(f"{target}: {text}"))
+    except HalError as error:
+        return {**row, "reason": error.message}
+    for outcome in run_suite(model_cases(), target, native=False, limit=600):
+        say(f"{target}: {outcome.name} {outcome.status}")
+        row["models"][outcome.name] = {
+            "status": outcome.status, "reason": outcome.reason, "share": outcome.share,
+            "max_error": outcome.max_error, "seconds": round(outcome.seconds, 1),
+        }  # fmt: skip
+    return {**row, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def cell(figures: dict[str, Any] | None) -> str:
+    """Largest error and the share on the device, or why there is none."""
+    if figures is None:
+        return ""
+    if figures["status"] == "passed":
+        return f"{figures['max_error']:.1g}, {figures['share']:.0%}"
+    return "refused" if figures["status"] == "unsupported" else f"**{figures['status']}**"
+
+
+def page(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """The table as Markdown, with the reasons below."""
+    lines = [
+        START,
+        f"hal {facts['hal']}, {facts['date']}, on {facts['machine']} {facts['system']}.", "",
+        "| target | runs on | " + " | ".join(MODELS.values()) + " |",
+        "|" + "---|" * (len(MODELS) + 2),
+    ]  # fmt: skip
+    reasons: list[str] = []
+    for row in rows:
+        cells = [cell(row["models"].get(name)) for name in MODELS]
+        lines.append(f"| `{row['target']}` | {row['how']} | " + " | ".join(cells) + " |")
+        if "reason" in row:
+            reasons.append(f"- `{row['target']}` cannot run here: {row['reason']}.")
+        for name, figures in row["models"].items():
+            if figures["status"] != "passed":
+                reasons.append(f"- `{row['target']}`, {MODELS[name]}: {figures['reason']}.")
+    return "\n".join([*lines, "", *reasons]).rstrip() + "\n"
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("targets", nargs="*", help="which [all]")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "targets.md")
+    parser.add_argument(
+        "--json", type=Path, default=ROOT / "benchmarks" / "results" / "targets.json"
+    )
+    options = parser.parse_args()
+    console = Console()
+    facts = {
+        "hal": hal.__version__, "date": time.strftime("%Y-%m-%d"),
+        "machine": platform.machine(), "system": platform.system(),
+    }  # fmt: skip
+    with console.status("starting") as status:
+        rows = [tried(target, status.update) for target in options.targets or TARGETS]
+    options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    options.page.write_text(page(rows, facts))
+    console.print(f"{options.json}\n{options.page}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
