@@ -59,6 +59,10 @@ class UnsupportedError(HalError):
     """Nodes that no kernel, function body or fallback covers; the text lists them."""
 
 
+class BuildError(UnsupportedError):
+    """A backend claimed nodes, and then could not compile them."""
+
+
 class BundleError(HalError):
     """A bundle is damaged, was made by a newer version, or is not a bundle."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -89,6 +89,66 @@ def plan(
     candidates = [_cut(graph, order) for order in orders]
     best = min(candidates, key=lambda segments: (moved_bytes(segments), len(segments)))
     return Plan(backend, tuple(best), refusals, len(nodes))
+
+
+def stages(graph: Graph, names: Sequence[str], rooms: Sequence[float | None]) -> list[Segment]:
+    """Cut a graph into consecutive parts whose weights fit into the memories of several chips.
+
+    Each chip gets as many nodes as its ``rooms`` (bytes; None: unknown, no limit) allow. Of the
+    cuts that leave it no less than :data:`_FULL` of that, the one across which the fewest bytes
+    move is taken. Chips for which nothing is left get no part.
+
+    Raises:
+        UnsupportedError: the weights fit into all of them together by no cut; says by how much.
+    """
+    nodes = list(graph.graph)
+    order: list[tuple[str, list[ir.Node]]] = []
+    start = 0
+    for index, (name, room) in enumerate(zip(names, rooms, strict=True)):
+        end, held = _reach(nodes, start, room)
+        if end < len(nodes) and index == len(names) - 1:
+            _, rest = _reach(nodes, end, None)
+            raise UnsupportedError(
+                f"the weights do not fit: {rest / 2**20:.2f} MiB are left when "
+                f"{' and '.join(names)} are full",
+                "quantize further, or add a target: --target A+B+C",
+            )
+        if end < len(nodes):
+            end = _narrowest(graph, nodes, start, end, held)
+        if end > start:
+            order.append((name, nodes[start:end]))
+        start = end
+    return _cut(graph, order)
+
+
+_FULL = 0.7
+"""Share of a memory below which a cut is not moved back for the sake of fewer bytes."""
+
+
+def _reach(nodes: Sequence[ir.Node], start: int, room: float | None) -> tuple[int, float]:
+    """The end of the longest run from ``start`` whose weights fit, and their bytes."""
+    seen: set[ir.Value] = set()
+    held = 0.0
+    for index in range(start, len(nodes)):
+        fresh = {v for v in used_values(nodes[index]) if v.const_value is not None} - seen
+        more = sum(v.const_value.nbytes for v in fresh if v.const_value is not None)
+        if room is not None and held + more > room:
+            return index, held
+        held += more
+        seen |= fresh
+    return len(nodes), held
+
+
+def _narrowest(graph: Graph, nodes: list[ir.Node], start: int, end: int, held: float) -> int:
+    """The cut at most at ``end`` across which the fewest bytes move."""
+    best, least = end, None
+    for place in range(end, start, -1):
+        if place < end and _reach(nodes[:place], start, None)[1] < _FULL * held:
+            break
+        moved = moved_bytes(_cut(graph, [("", nodes[:place]), ("rest", nodes[place:])]))
+        if least is None or moved < least:
+            best, least = place, moved
+    return best
 
 
 def require_all(refusals: Iterable[tuple[ir.Node, str]], where: str) -> None:

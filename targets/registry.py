@@ -32,16 +32,23 @@ _LIBRARY = Path(__file__).parent / "library"
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedTarget:
-    """What ``--target NAME[:ROUTE]`` means: one chip reached through one backend."""
+    """What ``--target NAME[:ROUTE]`` means: one chip reached through one backend.
+
+    ``NAME+NAME`` is several, one after the other: those are :attr:`stages`, and the other
+    attributes are the first one's.
+    """
 
     target: str
     descriptor: Descriptor
     route_name: str
     route: Route
+    stages: tuple[ResolvedTarget, ...] = ()
 
     @property
     def name(self) -> str:
         """Target and route, as the user could have typed it: ``host:tvm``."""
+        if self.stages:
+            return "+".join(stage.name for stage in self.stages)
         return f"{self.target}:{self.route_name}"
 
     @property
@@ -133,10 +140,15 @@ class Registry:
     def resolve(self, name: str) -> ResolvedTarget:
         """What ``NAME[:ROUTE]`` means; ``NAME`` may be a path that ends in ``.toml``.
 
+        ``NAME+NAME`` is a model on several chips.
+
         Raises:
             TargetError: unknown target or route.
             DescriptorError: the descriptor is wrong.
         """
+        if "+" in name:
+            stages = tuple(self.resolve(part.strip()) for part in name.split("+"))
+            return dataclasses.replace(stages[0], target=name, stages=stages)
         target, colon, route = name.partition(":")
         if colon and not route:
             raise TargetError(f"target {name!r} names no route", f"use {target!r} for the default")

@@ -10,6 +10,8 @@ import contextlib
 import hashlib
 import json
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 import hal
 from hal.bundle.manifest import BuildRecord, FileRecord
-from hal.errors import TargetError
+from hal.errors import BuildError, TargetError, UnsupportedError
 from hal.ir import Graph
 from hal.ir.cache_plan import FIXED_KEY, PLAN_KEY
 from hal.ir.picks import PICK
@@ -61,15 +63,10 @@ def build_target(
         TargetError: the backend cannot run here.
         UnsupportedError: nodes that nothing covers.
     """
+    if target.stages:
+        return _build_stages(root, graph, target, fallback)
     backend = load_backend(target.backend)
-    probe = backend.probe()
-    if probe.status == "absent":
-        raise TargetError(
-            f"target {target.name!r} cannot be built here: {probe.reason}", _hint(backend)
-        )
-    toolchain = {"hal": hal.__version__, "code": code_digest(), **probe.versions}
-    if theirs := backend_digest(backend):
-        toolchain["backend_code"] = theirs
+    toolchain = _toolchain(target, backend)
     folder = root / build_folder(target.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     entry = None
@@ -86,6 +83,83 @@ def build_target(
             shutil.copytree(folder, temporary / "files")
             (temporary / "record.json").write_text(record.model_dump_json())
     return record
+
+
+def _toolchain(target: ResolvedTarget, backend: Backend) -> dict[str, str]:
+    """Versions of everything that has a part in a build.
+
+    Raises:
+        TargetError: the backend cannot run here.
+    """
+    probe = backend.probe()
+    if probe.status == "absent":
+        raise TargetError(
+            f"target {target.name!r} cannot be built here: {probe.reason}", _hint(backend)
+        )
+    toolchain = {"hal": hal.__version__, "code": code_digest(), **probe.versions}
+    if theirs := backend_digest(backend):
+        toolchain["backend_code"] = theirs
+    return toolchain
+
+
+def _build_stages(root: Path, graph: Graph, target: ResolvedTarget, fallback: bool) -> BuildRecord:
+    """Build a model for several chips that run one after the other, as much on each as fits."""
+    folder = root / build_folder(target.name)
+    folder.mkdir(parents=True)
+    names = [stage.name for stage in target.stages]
+    rooms = [stage.descriptor.memory_capacity() for stage in target.stages]
+    parts = partition.stages(graph, names, rooms)
+    records = []
+    for index, part in enumerate(parts):
+        stage = next(s for s in target.stages if s.name == part.backend)
+        backend = load_backend(stage.backend)
+        alone = partition.extract(graph, part, f"{graph.name}_{index}")
+        place = folder / f"stage{index}"
+        place.mkdir()
+        toolchain = _toolchain(stage, backend)
+        record = _build(root, place, alone, stage, backend, toolchain, fallback)
+        for segment in record.segments:
+            segment |= {"target": stage.name, "descriptor": record.descriptor}
+        records.append(record)
+    return _joined(graph, target, parts, records)
+
+
+def _joined(
+    graph: Graph,
+    target: ResolvedTarget,
+    parts: Sequence[partition.Segment],
+    records: Sequence[BuildRecord],
+) -> BuildRecord:
+    """One record of the builds of a model's stages."""
+    total = graph.node_count()
+    first, cache = records[0], graph.metadata.get(PLAN_KEY)
+    fixed = any((r.cache or {}).get("fixed") for r in records)
+    assigned: Counter[str] = Counter()
+    for part in parts:
+        assigned[part.backend] += len(part.nodes)
+    placement = {
+        "backend": target.name,
+        "nodes": total,
+        "assigned": dict(assigned),
+        "summary": ", ".join(f"{n} of {total} nodes on {name}" for name, n in assigned.items()),
+        "segments": sum(r.placement["segments"] for r in records),
+        "moved_bytes": partition.moved_bytes(parts)
+        + sum(r.placement["moved_bytes"] for r in records),
+        "refused": [refusal for r in records for refusal in r.placement["refused"]],
+        "stages": [{"target": r.target, **r.placement} for r in records],
+    }
+    return BuildRecord(
+        target=target.name,
+        route=first.route,
+        backend=first.backend,
+        folder=build_folder(target.name),
+        descriptor=first.descriptor,
+        segments=[segment for r in records for segment in r.segments],
+        placement=placement,
+        toolchain={key: value for r in records for key, value in r.toolchain.items()},
+        cache=None if cache is None else {**cache, "fixed": fixed},
+        picks=_picks(graph),
+    )
 
 
 def _build(
@@ -123,7 +197,10 @@ def _build(
         fixed |= bool(part.metadata.get(FIXED_KEY))
         place = folder / f"{index:02d}-{owner.name}"
         place.mkdir()
-        built = owner.build(part, BuildContext(target.descriptor, place, root))
+        try:
+            built = owner.build(part, BuildContext(target.descriptor, place, root))
+        except UnsupportedError as error:
+            raise BuildError(error.message, error.hint) from error
         segments.append(
             {
                 "backend": owner.name,

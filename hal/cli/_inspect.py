@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hal.cli._options import Json, is_bundle, open_bundle
-from hal.cli._output import format_bytes, print_facts, print_json, print_table
+from hal.cli._options import Json, Target, is_bundle, open_bundle
+from hal.cli._output import format_bytes, print_facts, print_json, print_line, print_table
 from hal.cli._report import (
     build_json,
     print_builds,
@@ -17,6 +17,7 @@ from hal.cli._report import (
     print_quantization,
     print_signature,
 )
+from hal.errors import InputError, TargetError, did_you_mean
 
 if TYPE_CHECKING:
     from hal.bundle.manifest import BuildRecord
@@ -30,9 +31,19 @@ def inspect_command(
         str, typer.Argument(metavar="MODEL|BUNDLE", help="A model as for compile, or a bundle.")
     ],
     explain: Annotated[bool, typer.Option("--explain", help="Print the passes too.")] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Draw a build: what runs each node."),
+    ] = None,
+    target: Target = None,
     json: Json = False,
 ) -> None:
     """Show signature, state, ops, bytes, builds and placement."""
+    if html is not None:
+        _draw(Path(path), target, html)
+        if not json:
+            print_line(f"wrote {html}")
+            return
     found = _bundle_facts(Path(path)) if is_bundle(Path(path)) else _model_facts(path)
     facts, builds = found
     if json:
@@ -61,6 +72,25 @@ def inspect_command(
     print_builds(builds, facts["quantization"])
     if explain and facts.get("passes"):
         print_passes(facts["passes"])
+
+
+def _draw(path: Path, target: str | None, output: Path) -> None:
+    """Write the page of a build of the bundle."""
+    from hal.bundle.drawing import page
+    from hal.runtime.session import find_build
+
+    if not is_bundle(path):
+        raise InputError(f"{path} is no bundle, so nothing is placed", "compile it first")
+    if not output.parent.is_dir():
+        raise InputError(f"--html {output}: there is no such folder", "make it first")
+    bundle = open_bundle(path)
+    builds = bundle.manifest.builds
+    name = find_build(target, builds) if target else next(iter(builds), None)
+    if name is None:
+        raise TargetError(
+            f"the bundle has no build for {target!r}", did_you_mean(target or "", builds)
+        )
+    output.write_text(page(bundle.graph(), builds[name]), encoding="utf-8")
 
 
 def _bundle_facts(path: Path) -> tuple[dict[str, Any], dict[str, BuildRecord]]:

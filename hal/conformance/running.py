@@ -96,11 +96,12 @@ def _run_model(case: ModelCase, target: str, fallback: bool) -> Outcome:
 
 def _failure(error: Exception) -> tuple[str, str]:
     """A refusal before anything ran is told from what was claimed and then failed."""
-    from hal.errors import HalError, TargetError
+    from hal.errors import BuildError, HalError, TargetError
 
     kind = type(error).__name__
     if isinstance(error, HalError):
-        return ERROR if isinstance(error, TargetError) else UNSUPPORTED, f"{kind}: {error.message}"
+        status = ERROR if isinstance(error, (BuildError, TargetError)) else UNSUPPORTED
+        return status, f"{kind}: {error.message}"
     return ERROR, f"{kind}: {(str(error).strip().splitlines() or [''])[0]}"
 
 

@@ -70,7 +70,9 @@ class Session:
         parts = []
         for segment in record.segments:
             backend = load_backend(segment["backend"])
-            context = LoadContext(descriptor, segment["folder"], bundle.files, count)
+            own = segment.get("descriptor")
+            chip = descriptor if own is None else parse(own, f"{bundle.path} ({target})")
+            context = LoadContext(chip, segment["folder"], bundle.files, count)
             executable = backend.load(segment["record"], context)
             parts.append((executable, segment["inputs"], segment["outputs"]))
         names = [s.name for s in self.outputs] + [s.output for s in self._state.by_value]
@@ -482,10 +484,10 @@ def open_session(
 
 def find_build(target: str, builds: Iterable[str]) -> str | None:
     """The build that ``target`` means: its full name, or the target's first route."""
-    names = list(builds)
-    if target in names:
+    if target in (names := list(builds)):
         return target
-    return next((n for n in names if n.split(":")[0] == target), None)
+    chips = {n: "+".join(part.split(":")[0] for part in n.split("+")) for n in names}
+    return next((n for n in names if chips[n] == target), None)
 
 
 def spec_from_record(record: Mapping[str, Any]) -> TensorSpec:
