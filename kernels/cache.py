@@ -17,6 +17,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T  # noqa: N812
 
+from hal.kernels.exponential import COEFFICIENTS, LN2_HIGH, LN2_LOW, LOG2E
 from hal.kernels.vectors import span, spread, vector_lanes
 
 BLOCK = 32
@@ -26,9 +27,7 @@ TILE = 8
 """Most query heads that share one reading of the keys."""
 
 _LOWEST = -3e38
-_LOG2E, _LN2_HIGH, _LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
-# Cephes' expf: degree 5 on [-ln2/2, ln2/2], relative error below 2e-7.
-_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
+
 
 DTYPES = {0: "float32", 8: "int8", 4: "uint8"}
 """What a pool stores for each width of code (0: the numbers themselves)."""
@@ -130,8 +129,8 @@ def _spread(number: float, lanes: int) -> Any:
 
 
 def _polynomial(f: Any, lanes: int) -> Any:
-    total = _spread(_EXP[0], lanes)
-    for coefficient in _EXP[1:]:
+    total = _spread(COEFFICIENTS[0], lanes)
+    for coefficient in COEFFICIENTS[1:]:
         total = total * f + _spread(coefficient, lanes)
     return total * f * f + f + _spread(1.0, lanes)
 
@@ -321,11 +320,11 @@ def attention(a: Attention) -> Any:  # noqa: C901 - kernel text
                                         scores[span(g * BLOCK + i * e, e)] - spread(top, e),
                                         _spread(-87.0, e),
                                     )
-                                    n2[0] = T.floor(x[0] * _spread(_LOG2E, e) + _spread(0.5, e))
+                                    n2[0] = T.floor(x[0] * _spread(LOG2E, e) + _spread(0.5, e))
                                     x[0] = (
                                         x[0]
-                                        - n2[0] * _spread(_LN2_HIGH, e)
-                                        - n2[0] * _spread(_LN2_LOW, e)
+                                        - n2[0] * _spread(LN2_HIGH, e)
+                                        - n2[0] * _spread(LN2_LOW, e)
                                     )
                                     x[0] = _polynomial(x[0], e) * _power_of_two(n2[0], e)
                                     scores[span(g * BLOCK + i * e, e)] = x[0]

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from tvm import te, tirx
 
+from hal.kernels.exponential import exponential
 from hal.targets.tvm import contents
 from hal.targets.tvm.dims import Dim, Refused
 from hal.targets.tvm.dtypes import FLOATS, INTEGERS, NUMBERS, PLAIN, SIGNED
@@ -407,7 +408,7 @@ UNARY_FLOAT: dict[str, Callable[[Any], Any]] = {
     "Reciprocal": lambda x: constant_like(1.0, x) / x,
     "Round": round_half_even,
     "Sigmoid": lambda x: (
-        constant_like(1.0, x) / (constant_like(1.0, x) + tirx.exp(constant_like(0.0, x) - x))
+        constant_like(1.0, x) / (constant_like(1.0, x) + exponential(constant_like(0.0, x) - x))
     ),
     "Sin": tirx.sin,
     "Sinh": tirx.sinh,

@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 from tvm import te, tirx
 
+from hal.kernels.exponential import exponential
 from hal.targets.tvm.converters.elementwise import (
     constant_like,
     dtype_of,
@@ -255,7 +256,7 @@ def lrn(op: Op) -> Operand:
 def sigmoid(x: Any) -> Any:
     """Logistic function."""
     one = constant_like(1.0, x)
-    return one / (one + tirx.exp(constant_like(0.0, x) - x))
+    return one / (one + exponential(constant_like(0.0, x) - x))
 
 
 def _activation(body: Callable[..., Any], **defaults: float) -> Callable[[Op], Operand]:
