@@ -65,7 +65,7 @@ def rows_per_block(registers: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Registers:
+class Registers:
     """Accumulators of a task.
 
     TVM 0.27 takes such buffers from a pool; LLVM keeps them in registers inside of loops. So they
@@ -76,9 +76,10 @@ class _Registers:
     sums: Any
 
 
-def _registers(layout: Layout, products: int, sums: int) -> _Registers:
+def accumulators(layout: Layout, products: int, sums: int) -> Registers:
+    """So many of each, at the top of a task."""
     kind = vector("int32" if layout.integer else "float32", layout.lanes)
-    return _Registers(
+    return Registers(
         T.alloc_buffer((products,), kind, scope="local"),
         T.alloc_buffer((sums,), vector("float32", layout.lanes), scope="local"),
     )
@@ -116,19 +117,20 @@ def matmul(layout: Layout, registers: int = 16, dot: Dot | None = None) -> tirx.
         }
         buffers = {n: T.match_buffer(handles[n], shapes[n][0], shapes[n][1]) for n in names}
         with T.sblock("root"):
-            T.reads([_all(buffers[n], shapes[n][0]) for n in names[:-1]])
-            T.writes([_all(buffers["out"], shapes["out"][0])])
+            T.reads([whole_of(buffers[n], shapes[n][0]) for n in names[:-1]])
+            T.writes([whole_of(buffers["out"], shapes["out"][0])])
             with T.If(m == i64(1)):
                 with T.Then(), T.parallel(i64(layout.blocks)) as block:
                     tiles = [i64(tile) for tile in range(layout.tiles)]
-                    registers_ = _registers(layout, max(CHAINS, layout.tiles), layout.tiles)
-                    _Product(layout, dot, buffers, registers_, block, tiles, 1).rows(i64(0))
+                    registers_ = accumulators(layout, max(CHAINS, layout.tiles), layout.tiles)
+                    Product(layout, dot, buffers, registers_, block, tiles, 1).rows(i64(0))
                 with T.Else():
                     _many_rows(layout, dot, buffers, m, most)
     return builder.get()
 
 
-def _all(buffer: Any, shape: Sequence[Any]) -> Any:
+def whole_of(buffer: Any, shape: Sequence[Any]) -> Any:
+    """The region of a buffer that is all of it."""
     return buffer[tuple(slice(0, extent) for extent in shape)]
 
 
@@ -144,31 +146,31 @@ def _many_rows(layout: Layout, dot: Dot | None, buffers: dict[str, Any], m: Any,
         first = T.Bind(chunk * i64(ROWS_PER_TASK))
         count = T.Bind(tirx.min(m - first, i64(ROWS_PER_TASK)))
         whole = tirx.floordiv(count, i64(most))
-        registers = _registers(layout, max(CHAINS, most), most)
+        registers = accumulators(layout, max(CHAINS, most), most)
         with T.serial(i64(0), i64(layout.tiles)) as tile:
             known = i64(1 if prefetches(layout) else 0)
             if prefetches(layout):
                 with T.If(whole > i64(0)), T.Then():
-                    product = _Product(layout, dot, buffers, registers, block, [tile], most, True)
+                    product = Product(layout, dot, buffers, registers, block, [tile], most, True)
                     product.rows(first)
             with T.serial(known, whole) as i:
-                product = _Product(layout, dot, buffers, registers, block, [tile], most)
+                product = Product(layout, dot, buffers, registers, block, [tile], most)
                 product.rows(first + i * i64(most))
             done = T.Bind(first + whole * i64(most))
 
             def rest(before: Any, height: int) -> None:
                 fresh = whole == i64(0)
-                product = _Product(layout, dot, buffers, registers, block, [tile], height, fresh)
+                product = Product(layout, dot, buffers, registers, block, [tile], height, fresh)
                 product.rows(done + before)
 
             remaining(count, most, rest)
 
 
-class _Product:
+class Product:
     """Code for some rows times one block of columns.
 
     ``fresh``, which may be known at run time only: the weights are read for the first time, and
-    asked for ahead where that pays.
+    asked for ahead where that pays. ``offset``: bytes in front of the matrix.
     """
 
     def __init__(
@@ -176,27 +178,31 @@ class _Product:
         layout: Layout,
         dot: Dot | None,
         buffers: dict[str, Any],
-        registers: _Registers,
+        registers: Registers,
         block: Any,
         tiles: Sequence[Any],
         count: int,
         fresh: Any = False,
+        offset: Any = None,
     ) -> None:
         self.layout, self.dot, self.buffers, self.registers = layout, dot, buffers, registers
         self.block, self.tiles, self.count = block, tiles, count
+        self.offset = i64(0) if offset is None else offset
         self.fresh = fresh if prefetches(layout) else False
         self.lanes = layout.lanes
         self.kind = "int32" if layout.integer else "float32"
         # A product waits for the one before it in its chain; few rows alone make too few chains.
         self.chains = max(1, CHAINS // (count * len(tiles)))
 
-    def rows(self, first: Any) -> None:
-        """Emit ``out[first : first + count, block]``."""
+    def rows(self, first: Any, into: Any = None) -> None:
+        """Emit ``out[first : first + count, block]``, or rows from ``into`` on of ``out``."""
+        into = first if into is None else into
         layout, count, lanes = self.layout, self.count, self.lanes
         for i in range(len(self.tiles) * count):
             T.buffer_store(self.registers.sums, spread(tirx.const(0.0, "float32"), lanes), [i])
         with T.serial(i64(0), i64(layout.groups)) as group:
-            base = T.Bind((self.block * i64(layout.groups) + group) * i64(layout.group_bytes))
+            place = (self.block * i64(layout.groups) + group) * i64(layout.group_bytes)
+            base = T.Bind(self.offset + place)
             if self.fresh is True:
                 self._prefetch(base)
             elif self.fresh is not False:
@@ -208,7 +214,7 @@ class _Product:
         for t, tile in enumerate(self.tiles):
             for r in range(count):
                 column = self.block * i64(layout.columns) + tile * i64(lanes)
-                place = [first + i64(r), span(column, lanes)]
+                place = [into + i64(r), span(column, lanes)]
                 T.buffer_store(self.buffers["out"], self.registers.sums[t * count + r], place)
 
     def _prefetch(self, base: Any) -> None:

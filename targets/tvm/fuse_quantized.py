@@ -2,8 +2,9 @@
 
 ``MatMul([RoundActivations](x), Transpose(DequantizeLinear(codes, scale, zero)))`` with constant
 codes turns into ``hal.tvm::QuantizedMatMul(x, packed)``, and ``Gather`` of such a table into
-``hal.tvm::QuantizedGather``, which reads the codes as the bundle stores them. What fits neither
-stays as it is. The packed bytes are made when the build writes its weights, one tensor at a time.
+``hal.tvm::QuantizedGather``, which reads the codes as the bundle stores them; a mixture of experts
+with such weights becomes ``hal.tvm::QuantizedMixtureOfExperts``. What fits none of them stays as it
+is. The packed bytes are made when the build writes its weights, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -19,13 +20,21 @@ from hal.ir.small_floats import restate_small_floats
 from hal.ir.weights import as_bytes
 from hal.kernels.quantized_layout import Layout, pack
 from hal.targets.tvm.lowering import Shaping
-from hal.targets.tvm.quantized_codes import Codes, attribute, dequantized, tensor_of, weights_of
+from hal.targets.tvm.quantized_codes import (
+    Codes,
+    attribute,
+    dequantized,
+    stacked,
+    tensor_of,
+    weights_of,
+)
 
 DOMAIN = "hal.tvm"
 """Domain of the ops that exist between this backend's own steps only."""
 
 MATMUL = "QuantizedMatMul"
 GATHER = "QuantizedGather"
+EXPERTS = "QuantizedMixtureOfExperts"
 
 _D = ir.DataType
 _LARGEST_SUM = 1 << 31
@@ -37,6 +46,8 @@ def fuse_quantized(graph: Graph, shaping: Shaping) -> None:
     for node in list(graph.graph):
         if node.op_type in ("MatMul", "Gemm", "Gather") and node.domain in ("", "ai.onnx"):
             rewrite.visit(node)
+        elif (node.domain, node.op_type) == (HAL_DOMAIN, "MixtureOfExperts"):
+            rewrite.experts(node)
     rewrite.finish()
     restate_small_floats(graph.graph)
 
@@ -208,6 +219,49 @@ class _Rewrite:
             self._packed[key] = self._initializer(tensor, name)
         return self._packed[key]
 
+    # -- experts ------------------------------------------------------------------------------
+
+    def experts(self, node: ir.Node) -> None:
+        """A mixture of experts both of whose weights are codes."""
+        weights = [stacked(value) if value is not None else None for value in node.inputs[3:5]]
+        if any(codes is None for codes in weights):
+            return
+        count = int(tensor_of(weights[0].codes).shape[0])  # type: ignore[union-attr, arg-type]
+        layouts = [self._expert_layout(codes, count) for codes in weights if codes is not None]
+        packed = [
+            self._pack_experts(codes, layout, count)
+            for codes, layout in zip(weights, layouts, strict=True)
+            if codes is not None
+        ]
+        attributes = [
+            ir.AttrInt64("experts", count),
+            ir.AttrString("activation", str(attribute(node, "activation", "silu"))),
+        ]
+        for prefix, layout in zip(("up_", "down_"), layouts, strict=True):
+            attributes += [ir.AttrInt64(prefix + a.name, a.as_int()) for a in _attributes(layout)]
+        fused = ir.Node(DOMAIN, EXPERTS, [*node.inputs[:3], *packed], attributes, name=node.name)
+        self._replace(node, fused, [v for v in node.inputs[3:5] if v is not None])
+
+    def _expert_layout(self, codes: Codes, count: int) -> Layout:
+        return Layout(
+            codes.n // count, codes.k, codes.bits, codes.group, self._shaping.lanes,
+            zeros=not codes.symmetric, floats=codes.floats,
+        )  # fmt: skip
+
+    def _pack_experts(self, codes: Codes, layout: Layout, count: int) -> ir.Value:
+        """The matrices of all experts, each packed by itself, one after the other."""
+        key = (layout, codes.codes, codes.scale)
+        if key not in self._packed:
+            name = f"{codes.codes.name}.packed"
+            tensor = ir.LazyTensor(
+                lambda: ir.Tensor(_packed_experts(codes, layout, count)),
+                dtype=_D.UINT8,
+                shape=ir.Shape([count * layout.bytes]),
+                name=name,
+            )
+            self._packed[key] = self._initializer(tensor, name)
+        return self._packed[key]
+
     # -- tables -------------------------------------------------------------------------------
 
     def _gather(self, node: ir.Node) -> None:
@@ -290,6 +344,20 @@ def _type(value: ir.Value) -> tuple[ir.TypeProtocol | None, ir.Shape | None]:
 def _packed(weights: Codes, layout: Layout) -> np.ndarray:
     zeros, scales = weights.zeros(layout.group), weights.scales(layout.group)
     return pack(layout, weights.matrix(), scales, zeros)
+
+
+def _packed_experts(weights: Codes, layout: Layout, count: int) -> np.ndarray:
+    matrix, scales, zeros = (
+        weights.matrix(),
+        weights.scales(layout.group),
+        weights.zeros(layout.group),
+    )
+    parts = []
+    for first in range(0, count * layout.n, layout.n):
+        rows = slice(first, first + layout.n)
+        own = None if zeros is None else zeros[rows]
+        parts.append(pack(layout, matrix[rows], scales[rows], own))
+    return np.concatenate(parts)
 
 
 def _rounding(x: ir.Value) -> tuple[int, int]:

@@ -15,8 +15,20 @@ _IN_EACH_CALL = (
 def weights_read(graph: ir.Graph) -> WeightReads:
     """Of a legalized graph: what a call reads, and codes that no kernel reads as they are."""
     count = sum(decodes(node) for node in graph)
-    total = bytes_read(graph, lambda node, _: 0.0 if node.op_type == "QuantizedGather" else None)
+    total = bytes_read(graph, _share)
     return WeightReads(total, {_IN_EACH_CALL: count} if count else {})
+
+
+def _share(node: ir.Node, index: int) -> float | None:
+    """Of this backend's own ops: a row of a table is nothing, of experts the chosen ones count."""
+    if node.op_type == "QuantizedGather":
+        return 0.0
+    if node.op_type == "QuantizedMixtureOfExperts" and index >= 3:  # the packed weights
+        chosen = node.inputs[1].shape if node.inputs[1] is not None else None
+        count = chosen[-1] if chosen is not None else None
+        experts = node.attributes["experts"].as_int()
+        return min(1.0, count / experts) if isinstance(count, int) else 1.0
+    return None
 
 
 __all__ = ["weights_read"]

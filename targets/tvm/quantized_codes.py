@@ -25,7 +25,7 @@ class Codes:
 
     ``flipped``: the tensors are stored ``[k, n]``. ``group``: weights along ``k`` for each scale.
     ``planes``: the codes are three bits each, stored as ``hal::UnpackBits`` takes them; ``signed``:
-    it takes 4 from each.
+    it takes 4 from each. ``stacked``: the tensors are matrices one after the other, ``n`` all rows.
     """
 
     codes: ir.Value
@@ -38,6 +38,7 @@ class Codes:
     flipped: bool = False
     planes: bool = False
     signed: bool = False
+    stacked: bool = False
 
     @property
     def floats(self) -> bool:
@@ -67,7 +68,7 @@ class Codes:
     @property
     def scale_numbers(self) -> np.ndarray:
         """Scales as stored, as numbers; halved for codes that are taken doubled."""
-        array = _array(self.scale)
+        array = self._rows(_array(self.scale))
         if array.dtype.kind != "f":  # powers of two
             array = array.astype(np.float32)
         doubled = self.floats and self.bits == 4
@@ -75,7 +76,7 @@ class Codes:
 
     def matrix(self) -> np.ndarray:
         """Codes ``[n, k]``: signed around zero if symmetric, unsigned otherwise."""
-        stored = _array(self.codes)
+        stored = self._rows(_array(self.codes))
         if self.floats:
             bits = float_numbers(stored) if self.bits == 4 else stored.view(np.int8)
             return self._oriented(bits)
@@ -92,7 +93,7 @@ class Codes:
             return None
         if self.zero is None:  # unsigned codes from zero up
             return np.zeros((self.n, -(-self.k // group)), np.uint8)
-        return self._repeated(self._shifted(_array(self.zero)), group)
+        return self._repeated(self._shifted(self._rows(_array(self.zero))), group)
 
     def _shifted(self, values: np.ndarray) -> np.ndarray:
         middle = 1 << (self.bits - 1)
@@ -102,6 +103,9 @@ class Codes:
         return (
             (wide - middle).astype(np.int8) if self.symmetric else (wide + middle).astype(np.uint8)
         )
+
+    def _rows(self, values: np.ndarray) -> np.ndarray:
+        return values.reshape(self.n, -1) if self.stacked else values
 
     def _oriented(self, values: np.ndarray) -> np.ndarray:
         return values.T if self.flipped else values
@@ -165,6 +169,32 @@ def dequantized(value: ir.Value, flipped: bool = False) -> Codes | None:
     return found if _half(found) else None
 
 
+def stacked(value: ir.Value) -> Codes | None:
+    """The constant matrices ``[count, rows, k]`` that ``value`` dequantizes, as ``count * rows``.
+
+    None for other codes than whole numbers and floats in blocks along ``k``.
+    """
+    node = value.producer()
+    if node is None or node.op_type != "DequantizeLinear" or node.domain not in ("", "ai.onnx"):
+        return None
+    codes, scale, zero, *_ = (*node.inputs, None)
+    if codes is None or scale is None or not all(_constant(v) for v in (codes, scale, zero) if v):
+        return None
+    dtype, block = tensor_of(codes).dtype, attribute(node, "block_size", 0)
+    bits = (_BITS | _FLOATS).get(dtype)
+    shape = [int(d) for d in tensor_of(codes).shape.numpy()]
+    if len(shape) != 3 or min(shape) == 0 or bits is None or value.dtype is not _D.FLOAT:
+        return None
+    count, rows, k = shape
+    if not block or attribute(node, "axis", 1) % 3 != 2 or (dtype in _FLOATS and zero is not None):
+        return None
+    if tuple(tensor_of(scale).shape.numpy()) != (count, rows, -(-k // block)):
+        return None
+    group = min(block, k)
+    found = Codes(codes, scale, zero, count * rows, k, bits, group, stacked=True)
+    return found if _half(found) else None
+
+
 def _group(node: ir.Node, scale: Sequence[int], size: tuple[int, int], flipped: bool) -> int | None:
     """How many weights along K share a scale, or None for scales that go another way."""
     n, k = size
@@ -212,4 +242,12 @@ def _half(codes: Codes) -> bool:
         return bool((array.astype(np.float16).astype(np.float32) == array).all())
 
 
-__all__ = ["Codes", "attribute", "dequantized", "tensor_of", "unpacked_planes", "weights_of"]
+__all__ = [
+    "Codes",
+    "attribute",
+    "dequantized",
+    "stacked",
+    "tensor_of",
+    "unpacked_planes",
+    "weights_of",
+]

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
+import onnx_ir as ir
 from tvm import tirx
 
+from hal.kernels import moe
+from hal.kernels.expert_products import expert_products
 from hal.kernels.prepare_activations import prepare
 from hal.kernels.quantized_layout import Layout
 from hal.kernels.quantized_matmul import matmul as kernel
 from hal.targets.tvm.converters.index import wrapped
 from hal.targets.tvm.converters.shape import reshaped
-from hal.targets.tvm.dims import product
-from hal.targets.tvm.fuse_quantized import GATHER, MATMUL
+from hal.targets.tvm.dims import Dim, Refused, product
+from hal.targets.tvm.fuse_quantized import EXPERTS, GATHER, MATMUL
 from hal.targets.tvm.lowering import Op, Operand
 
+_FLOAT = frozenset({ir.DataType.FLOAT})
 _FLAGS = ("zeros", "integer", "signed", "floats")
 
 
-def _layout(op: Op) -> Layout:
-    fields = {f.name: op.attribute(f.name) for f in dataclasses.fields(Layout)}
+def _layout(op: Op, prefix: str = "") -> Layout:
+    fields = {f.name: op.attribute(prefix + f.name) for f in dataclasses.fields(Layout)}
     return Layout(**{n: bool(v) if n in _FLAGS else v for n, v in fields.items()})
 
 
@@ -58,6 +64,40 @@ def _prepared(op: Op, x: Operand, layout: Layout, rows: Any) -> list[Operand]:
             code, [flat], outputs, "prepare_activations"
         )
     return op.context.prepared[key]
+
+
+def mixture_of_experts(op: Op) -> Operand:
+    """``hal.tvm::QuantizedMixtureOfExperts(x, index, weight, gate_up, down)`` in float32."""
+    x, index, weight = op.require(0, _FLOAT), op.input(1), op.require(2, _FLOAT)
+    up, down = _layout(op, "up_"), _layout(op, "down_")
+    name = op.attribute("activation")
+    if name not in moe.ACTIVATIONS:
+        raise Refused(f"MixtureOfExperts with the activation {name!r}")
+    act, inner, choices = moe.ACTIVATIONS[name], up.n // 2, index.shape[1]
+    if not isinstance(choices, int):
+        raise Refused("MixtureOfExperts with an unknown number of choices")
+    tokens, rows = x.shape[0], op.symbols.simplify(x.shape[0] * choices)
+    count = op.attribute("experts")
+
+    def products(
+        layout: Layout, packed: Operand, x: Operand, size: Dim, *, shared: bool
+    ) -> Operand:
+        outputs = [([size, layout.padded_k], "float32"), ([size, layout.groups], "float32")]
+        values, sums = op.context.call_kernel(prepare(layout), [x], outputs, "prepare_activations")
+        code = expert_products(layout, count, choices, shared=shared)
+        out = [([rows, layout.padded_n], "float32")]
+        operands = [packed, index, values, sums]
+        return op.context.call_kernel(code, operands, out, "expert_products")[0]
+
+    both = products(up, op.input(3), x, tokens, shared=True)
+    h = op.compute([rows, inner], lambda v, i: act(v(i[0], i[1])) * v(i[0], i[1] + inner), both)
+    each = products(down, op.input(4), h, rows, shared=False)
+
+    def summed(chosen: Any, weights: Any, i: Any) -> Any:
+        parts = [weights(i[0], k) * chosen(i[0] * choices + k, i[1]) for k in range(choices)]
+        return functools.reduce(operator.add, parts)
+
+    return op.compute([tokens, down.n], summed, each, weight)
 
 
 def gather(op: Op) -> Operand:
@@ -114,5 +154,9 @@ def _code(codes: Any, row: Any, column: Any, k: int, bits: int) -> Any:
     return field(0, bits)
 
 
-CONVERTERS: dict[str, Callable[[Op], Any]] = {MATMUL: matmul, GATHER: gather}
+CONVERTERS: dict[str, Callable[[Op], Any]] = {
+    MATMUL: matmul,
+    GATHER: gather,
+    EXPERTS: mixture_of_experts,
+}
 """Converters of the backend's own ops by op type."""
