@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 LONGEST = 300
@@ -14,7 +15,12 @@ class Unavailable(Exception):  # noqa: N818 - it is a fact to report, not an err
 def reason(text: str) -> str:
     """The line of a program's messages that says why it failed: usually the last error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return _telling(lines)[:LONGEST]
+    return without_folders(_telling(lines))[:LONGEST]
+
+
+def without_folders(text: str) -> str:
+    """The text with paths cut to their last part: where things lie here is nobody's concern."""
+    return re.sub(r"(?<![\w./:])/(?:[\w.+-]+/)+(?=[\w.+-])", "", text)
 
 
 def _telling(lines: Sequence[str]) -> str:

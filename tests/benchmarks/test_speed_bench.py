@@ -14,7 +14,7 @@ import transformers
 from speed.artifacts import Artifact, Artifacts
 from speed.cells import Contender, Group, Measure
 from speed.contenders import groups
-from speed.failures import Unavailable, reason
+from speed.failures import Unavailable, reason, without_folders
 from speed.measure import Bench, Plan, sample
 from speed.seats import PLENTY
 from speed.shapes import shapes
@@ -176,3 +176,15 @@ def test_the_reason_is_the_last_error_of_a_log() -> None:
     log = "loading\nTraceback:\n  File x\nValueError: no such op\n\ncleaning up\n"
     assert reason(log) == "ValueError: no such op"
     assert reason("") == "it ended without a message"
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("Error: /home/me/models/llama/checkpoint is damaged", "Error: checkpoint is damaged"),
+        ("128/256 rows, 3 GB/s, see https://example.org/a/b", None),
+        ("no file ./here/there", None),
+    ],
+)
+def test_reasons_do_not_say_where_things_lie(text: str, kept: str | None) -> None:
+    assert without_folders(text) == (kept or text)
