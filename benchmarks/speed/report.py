@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from speed import plots
+from speed.contenders import groups
 from speed.figures import Cell, best, figure
 from speed.goals import Verdict, judge, missed
 from speed.measure import SPOILED
@@ -52,9 +53,19 @@ def page(data: Data, source: str) -> Iterator[str]:
     yield _METHOD.format(spoiled=SPOILED)
     verdicts = judge(data["cells"])
     yield from _goals(verdicts)
+    yield from _not_measured(data)
     yield from _groups(data["cells"])
     yield from _profiles(data.get("profiles", {}), missed(verdicts))
     yield from _own_scripts(data)
+
+
+def _not_measured(data: Data) -> Iterator[str]:
+    """Cells that a whole run fills and these results lack."""
+    quick = bool(data.get("machine", {}).get("quick"))
+    planned = [group.cell(measure) for group in groups(quick) for measure in group.measures]
+    left = [f"`{cell}`" for cell in planned if cell not in data["cells"]]
+    if left:
+        yield f"Not measured: {', '.join(left)}.\n"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -135,5 +135,5 @@ def test_the_page_has_every_contender_every_reason_and_the_profile_of_what_is_mi
     assert "| h | **51** (50–52) |" in text
     assert "0 met, 2 missed, 0 not measured" in text
     assert "`llm/llama/4-bit/decode`, h: matmul 75%, others 5%, rest 20%" in text
-    assert "prefill-256" not in text
+    assert "prefill-256`, h" not in text
     assert "Not measured: no --json" in text
