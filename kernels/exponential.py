@@ -22,7 +22,7 @@ LOWEST, HIGHEST = -87.0, 88.0
 
 def exponential(x: Any) -> Any:
     """``e**x`` for float32, saturated to normal numbers (NaN stays NaN); TVM's own for others."""
-    if str(x.ty.dtype) != "float32":
+    if str(x.dtype if hasattr(x, "dtype") else x.ty.dtype) != "float32":
         return tirx.exp(x)
 
     def number(value: float) -> Any:
