@@ -35,6 +35,21 @@ STATIC = {"hexagon-v73", "hexagon-v75", "raspberry-pi-5:c", "graviton4:c", "rv64
           "spacemit-k1:c", "wasm32"}  # fmt: skip
 """Have no dynamic shapes, and so no language models yet."""
 
+_HALF = "computes float32 in float16, and is held to float32's tolerance"
+_QEMU = "QEMU 7.2 fails an assertion of its own: decode_save_opc"
+KNOWN = {
+    ("hexagon-v73", "mlp"): _HALF,
+    ("hexagon-v73", "encoder"): _HALF,
+    ("hexagon-v75", "mlp"): _HALF,
+    ("hexagon-v75", "encoder"): _HALF,
+    ("webgpu", "cnn-int8"): "a node that it took is left for the CPU when the model is loaded",
+    ("webgpu", "language-model"): "wrong logits, cause not known",
+    ("openvino", "language-model"): "the provider cannot read the graph",
+    ("rv64gcv:c", "cnn-int8"): _QEMU,
+    ("spacemit-k1:c", "cnn-int8"): _QEMU,
+}
+"""What fails today, as docs/targets.md has it; a test that passes all the same fails."""
+
 pytestmark = pytest.mark.slow
 
 
@@ -53,7 +68,12 @@ def target(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("case", model_cases(), ids=lambda case: case.name)
-def test_models_run_on_the_target(target: str, case: ModelCase) -> None:
+def test_models_run_on_the_target(
+    target: str, case: ModelCase, request: pytest.FixtureRequest
+) -> None:
+    if (target, case.name) in KNOWN:
+        reason = KNOWN[target, case.name]
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     outcome = run_case(case, target, fallback=True)
     if case.name == "language-model" and target in STATIC:
         assert outcome.status == "unsupported", outcome.reason
