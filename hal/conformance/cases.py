@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import pkgutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -45,10 +46,9 @@ def node_cases(modules: Sequence[str] | None = None) -> list[Case]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if modules is None:
-            found = node.collect_testcases(None)
-        else:
-            found = [case for name in modules for case in _cases_of(name)]
+        # One by one even for all of them: afterwards nothing tells which module a case is from.
+        names = modules or [m.name for m in pkgutil.iter_modules(node.__path__)]
+        found = [case for name in names for case in _cases_of(name)]
     return [_node_case(case) for case in found]
 
 

@@ -77,6 +77,12 @@ def test_corners_of_the_suite_pass_on_tvm(module: str, name: str, fallback: bool
     assert suite.run_case(case, "host:tvm", fallback, native=False).reason == ""
 
 
+def test_cases_of_a_module_are_found_whatever_was_loaded_before() -> None:
+    every = {c.name for c in suite.node_cases()}
+    assert len(every) > 1000
+    assert {c.name for c in suite.node_cases(["sign"])} == {"test_sign"}
+
+
 def test_a_wrong_result_is_told_from_an_unsupported_op() -> None:
     (case, *_) = suite.node_cases(["sign"])
     wrong = suite.Case(
