@@ -47,7 +47,8 @@ def node_cases(modules: Sequence[str] | None = None) -> list[Case]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # One by one even for all of them: afterwards nothing tells which module a case is from.
-        names = modules or [m.name for m in pkgutil.iter_modules(node.__path__)]
+        walk = pkgutil.walk_packages(node.__path__, f"{node.__name__}.")
+        names = modules or [m.name.removeprefix(f"{node.__name__}.") for m in walk]
         found = [case for name in names for case in _cases_of(name)]
     return [_node_case(case) for case in found]
 
