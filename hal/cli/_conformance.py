@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,7 @@ from hal.errors import CheckFailed, InputError, did_you_mean
 if TYPE_CHECKING:
     from hal.conformance import Case, ModelCase, Outcome
 
-EXAMPLE = "Example: hal conformance my-chip --models --op Conv,MatMul --html report.html"
+EXAMPLE = "Example: hal conformance my-chip --op Conv,MatMul --html report.html"
 _REASONS = 25
 
 
@@ -55,11 +56,10 @@ def conformance_command(
     if html is not None and not html.parent.is_dir():
         raise InputError(f"--html {html}: there is no such folder", "make it first")
     name = resolve(target).name
-    cases: Sequence[Case | ModelCase] = model_cases() if models else _node_cases(op)
     if models and op:
         raise InputError("--op picks cases of single ops, and --models has none", "give one")
-    with tempfile.TemporaryDirectory(prefix="conformance-") as cache:
-        os.environ["HAL_CACHE"] = cache  # builds by other code are not ours
+    cases: Sequence[Case | ModelCase] = model_cases() if models else _node_cases(op)
+    with _fresh_cache():
         running = run_suite(
             cases, target, fallback=host or models, native=False, jobs=jobs, limit=limit
         )
@@ -81,6 +81,20 @@ def conformance_command(
             f"{first.status}, {first.reason[:200]}",
             "a target passes when what it claims is right; let it refuse the rest with a reason",
         )
+
+
+@contextlib.contextmanager
+def _fresh_cache() -> Iterator[None]:
+    """A cache of its own for the block: builds by other code are not ours."""
+    before = os.environ.get("HAL_CACHE")
+    with tempfile.TemporaryDirectory(prefix="conformance-") as folder:
+        os.environ["HAL_CACHE"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["HAL_CACHE"]
+            if before is not None:
+                os.environ["HAL_CACHE"] = before
 
 
 def _node_cases(ops: str | None) -> list[Case]:

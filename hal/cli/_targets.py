@@ -32,7 +32,7 @@ def create() -> typer.Typer:
     app.command("list", epilog="Example: hal targets list --probe")(list_command)
     app.command("show", epilog="Example: hal targets show x86-64-v4 --json")(show_command)
     app.command("validate", epilog="Example: hal targets validate my-chip.toml")(validate_command)
-    app.command("setup", epilog="Example: hal targets setup openvino")(setup_command)
+    app.command("setup", epilog="Example: hal targets setup my-chip")(setup_command)
     app.command("new", epilog="Example: hal targets new my-chip --vendor Acme")(new_command)
     app.command("schema", epilog="Example: hal targets schema > descriptor.schema.json")(
         schema_command

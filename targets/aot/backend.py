@@ -1,7 +1,7 @@
 """Programs without a runtime: kernels and a table of calls, linked ahead of time.
 
-The same kernels as on the route through TVM, compiled to an object for the chip, and a C program
-of two hundred lines that calls them in their order. It needs a C library and no runtime, no
+The same kernels as on the route through TVM, compiled to an object for the chip, and a small C
+program that calls them in their order. It needs a C library and no runtime, no
 Python and no operating system but files, so it runs where those cannot go: under an emulator of
 another processor, in a WebAssembly engine, on small boards. Shapes are static.
 """
@@ -23,7 +23,7 @@ from hal.descriptor import Descriptor, PluginRoute, Route
 from hal.errors import DescriptorError, InputError, TargetError, UnsupportedError
 from hal.ir import Graph
 from hal.targets.aot.options import AotOptions, options_of
-from hal.targets.backend import BuildContext, Executable, LoadContext, Probe
+from hal.targets.backend import BuildContext, Executable, LoadContext
 from hal.targets.environments import Environment
 from hal.targets.process import Supervised
 from hal.targets.tvm.backend import TvmBackend, shaping_of
@@ -37,10 +37,6 @@ class AotBackend(TvmBackend):
     """Links a program for each segment, and runs it in a process."""
 
     name: ClassVar[str] = "aot"
-
-    def probe(self) -> Probe:
-        """As TVM is, which compiles the kernels."""
-        return super().probe()
 
     def check_route(self, route: Route) -> str:
         """What the table of the route lacks."""

@@ -92,8 +92,8 @@ def test_a_drawing_has_every_node_in_its_colour(tmp_path: Path) -> None:
     (record,) = bundle.manifest.builds.values()
     text = page(bundle.graph(), record)
     assert text.count("<rect") == record.placement["nodes"] == 12
-    assert "small:onnxruntime: 4" in text.replace("\n", "") or "small:onnxruntime: 6" in text
-    assert "host:onnxruntime" in text
+    for place, count in record.placement["assigned"].items():
+        assert f"{place}: {count}</span>" in text
 
 
 def test_a_language_model_on_two_chips_says_the_same(tmp_path: Path) -> None:
