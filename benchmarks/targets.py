@@ -60,9 +60,9 @@ def how(target: str) -> str:
     """What runs the programs here: the chip itself, an emulator, a simulator."""
     found = resolve(target)
     if found.backend == "aot":
-        from hal.targets.aot import options_of
+        from hal.targets.aot import AotOptions
 
-        options = options_of(found.route, target)
+        options = AotOptions.of_route(found.route)
         if options.machine == platform.machine():
             return "native"
         return Path(options.run[0]).name.removesuffix("-static")

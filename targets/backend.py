@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from hal.descriptor import Descriptor, Route
+from hal.errors import UnsupportedError
 from hal.ir import Graph
 from hal.targets.reading import WeightReads
 
@@ -103,6 +104,22 @@ class Executable(abc.ABC):
 
     def close(self) -> None:  # noqa: B027  (most segments hold nothing)
         """Release what the segment holds."""
+
+
+def require_static(graph: Graph, descriptor: Descriptor) -> None:
+    """For chips whose programs have static shapes.
+
+    Raises:
+        UnsupportedError: an input has a dynamic dim; the hint says how to give it an extent.
+    """
+    for value in graph.graph.inputs:
+        for dim in value.shape or ():
+            if not isinstance(dim, int):
+                raise UnsupportedError(
+                    f"target {descriptor.name!r} takes static shapes only, and input "
+                    f"{value.name!r} has the dynamic dim {str(dim)!r}",
+                    f"give it an extent: --dim {dim}=1",
+                )
 
 
 class Backend(abc.ABC):

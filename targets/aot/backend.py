@@ -11,7 +11,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -19,12 +19,13 @@ import ml_dtypes  # noqa: F401 - registers the names of small dtypes with NumPy
 import numpy as np
 import onnx_ir as ir
 
-from hal.descriptor import Descriptor, PluginRoute, Route
-from hal.errors import DescriptorError, InputError, TargetError, UnsupportedError
+from hal.descriptor import Descriptor
+from hal.errors import InputError, TargetError, UnsupportedError
 from hal.ir import Graph
-from hal.targets.aot.options import AotOptions, options_of
-from hal.targets.backend import BuildContext, Executable, LoadContext
+from hal.targets.aot.options import AotOptions
+from hal.targets.backend import BuildContext, Executable, LoadContext, require_static
 from hal.targets.environments import Environment
+from hal.targets.own_environment import InOwnEnvironment, RouteOptions
 from hal.targets.process import Supervised
 from hal.targets.tvm.backend import TvmBackend, shaping_of
 from hal.targets.tvm.dtypes import STORED_AS, from_storage, to_storage
@@ -33,22 +34,11 @@ HERE = Path(__file__).parent
 PROGRAM, WEIGHTS = "program", "weights.bin"
 
 
-class AotBackend(TvmBackend):
+class AotBackend(InOwnEnvironment, TvmBackend):
     """Links a program for each segment, and runs it in a process."""
 
-    name: ClassVar[str] = "aot"
-
-    def check_route(self, route: Route) -> str:
-        """What the table of the route lacks."""
-        try:
-            options_of(route, "route")
-        except DescriptorError as error:
-            return error.message
-        return ""
-
-    def setup(self, descriptor: Descriptor, say: Callable[[str], None]) -> Path:
-        """Make the environment with the C compiler and the emulator."""
-        return _environment(_options(descriptor)).make(say)
+    name: ClassVar[str] = AotOptions.backend
+    options: ClassVar[type[RouteOptions]] = AotOptions
 
     def legalize(self, graph: Graph, descriptor: Descriptor) -> Graph:
         """As TVM does; dynamic dims and carried state are refused here already.
@@ -56,7 +46,12 @@ class AotBackend(TvmBackend):
         Raises:
             UnsupportedError: the graph has one of them.
         """
-        _require_static(graph, descriptor)
+        if graph.state:
+            raise UnsupportedError(
+                f"target {descriptor.name!r} has no runtime that carries a state between calls",
+                "choose a target with a runtime for language models",
+            )
+        require_static(graph, descriptor)
         return super().legalize(graph, descriptor)
 
     def build(self, graph: Graph, context: BuildContext) -> dict[str, Any]:
@@ -72,8 +67,8 @@ class AotBackend(TvmBackend):
         from hal.targets.tvm.lower import lower
         from hal.targets.tvm.target import completed_target
 
-        options = _options(context.descriptor)
-        place = _environment(options).require(context.descriptor.name)
+        options = AotOptions.of(context.descriptor)
+        place = options.environment.require(context.descriptor.name)
         target = completed_target(context.descriptor, options.target)
         shaping = shaping_of(context.descriptor)
         lowered = lower(graph, shaping)
@@ -109,8 +104,8 @@ class AotBackend(TvmBackend):
         Raises:
             TargetError: what runs it is not there.
         """
-        options = _options(context.descriptor)
-        place = _environment(options).require(context.descriptor.name)
+        options = AotOptions.of(context.descriptor)
+        place = options.environment.require(context.descriptor.name)
         program = Path(context.files.extracted(f"{context.folder}/{PROGRAM}"))
         weights = Path(context.files.extracted(f"{context.folder}/{WEIGHTS}"))
         program.chmod(program.stat().st_mode | 0o111)
@@ -162,17 +157,6 @@ class AotExecutable(Executable):
         self._process.close()
 
 
-def _options(descriptor: Descriptor) -> AotOptions:
-    for route in descriptor.routes.values():
-        if isinstance(route, PluginRoute) and route.backend == AotBackend.name:
-            return options_of(route, descriptor.name)
-    return options_of(None, descriptor.name)
-
-
-def _environment(options: AotOptions) -> Environment:
-    return Environment(options.packages, options.debian)
-
-
 def _filled(command: Sequence[str], place: Environment, program: Path | None = None) -> list[str]:
     known = {"files": place.files, "python": place.python, "here": HERE, "program": program}
     filled = []
@@ -196,22 +180,6 @@ def _compile(command: Sequence[str], target: str) -> None:
         raise TargetError(
             f"the C compiler of {target!r} failed: {told}", "check its route in the descriptor"
         )
-
-
-def _require_static(graph: Graph, descriptor: Descriptor) -> None:
-    if graph.state:
-        raise UnsupportedError(
-            f"target {descriptor.name!r} has no runtime that carries a state from call to call",
-            "choose a target with a runtime for language models",
-        )
-    for value in graph.graph.inputs:
-        for dim in value.shape or ():
-            if not isinstance(dim, int):
-                raise UnsupportedError(
-                    f"target {descriptor.name!r} takes static shapes only, and input "
-                    f"{value.name!r} has the dynamic dim {str(dim)!r}",
-                    f"give it an extent: --dim {dim}=1",
-                )
 
 
 def _array(value: ir.Value) -> np.ndarray:

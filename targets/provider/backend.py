@@ -9,25 +9,32 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes  # noqa: F401 - registers the names of small dtypes with NumPy
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from hal.descriptor import Descriptor, PluginRoute, Route
-from hal.errors import DescriptorError, TargetError, UnsupportedError
+from hal.descriptor import Descriptor
+from hal.errors import TargetError
 from hal.ir import Graph
-from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
-from hal.targets.environments import Environment
+from hal.targets.backend import (
+    BuildContext,
+    Executable,
+    LoadContext,
+    Probe,
+    Verdict,
+    require_static,
+)
 from hal.targets.onnxruntime.kernels import NEWEST, KernelTable, kernel_table
 from hal.targets.onnxruntime.legalize import legalize
 from hal.targets.onnxruntime.opset import OLDEST
 from hal.targets.onnxruntime.weights import externalize, relocate
-from hal.targets.provider.options import ProviderOptions, options_of
+from hal.targets.own_environment import InOwnEnvironment, RouteOptions
+from hal.targets.provider.options import ProviderOptions
 from hal.targets.provider.worker import Worker
 
 _MODEL = "model.onnx"
@@ -35,10 +42,11 @@ _IR_VERSION = 10
 """What runtimes of the last two years read."""
 
 
-class ProviderBackend(Backend):
+class ProviderBackend(InOwnEnvironment):
     """A provider in a worker process."""
 
-    name = "provider"
+    name: ClassVar[str] = ProviderOptions.backend
+    options: ClassVar[type[RouteOptions]] = ProviderOptions
 
     def __init__(self) -> None:
         self._left: weakref.WeakKeyDictionary[ir.Graph, frozenset[str | None]] = (
@@ -49,18 +57,6 @@ class ProviderBackend(Backend):
         """Present: which environments there are depends on the route."""
         return Probe("present", "providers run in environments of their own", {})
 
-    def check_route(self, route: Route) -> str:
-        """What the table of the route lacks."""
-        try:
-            options_of(route)
-        except DescriptorError as error:
-            return error.message
-        return ""
-
-    def setup(self, descriptor: Descriptor, say: Callable[[str], None]) -> Path:
-        """Make the environment of the target's provider."""
-        return _environment(_options(descriptor)).make(say)
-
     def legalize(self, graph: Graph, descriptor: Descriptor) -> Graph:
         """What the worker's runtime has kernels for, and the provider's choice among it.
 
@@ -68,8 +64,9 @@ class ProviderBackend(Backend):
             UnsupportedError: the chip wants static shapes and the model has dynamic dims.
             TargetError: the environment is not made, or its software fails.
         """
-        _require_static(graph, descriptor)
-        options = _options(descriptor)
+        if not descriptor.behaviour.dynamic_shapes:
+            require_static(graph, descriptor)
+        options = ProviderOptions.of(descriptor)
         with _started(descriptor, options) as (worker, table):
             legal = legalize(graph, table)
             _name_nodes(legal.model)
@@ -88,12 +85,13 @@ class ProviderBackend(Backend):
         if left is None:
             return Verdict.no("the graph was not shown to the provider")
         if node.name in left:
-            return Verdict.no(f"{_options(descriptor).provider} does not take it")
+            return Verdict.no(f"{ProviderOptions.of(descriptor).provider} does not take it")
         return Verdict.yes()
 
     def build(self, graph: Graph, context: BuildContext) -> dict[str, Any]:
         """Write the segment's model; with ``offline`` the provider's finished programs."""
-        options = _options(context.descriptor)
+        options = ProviderOptions.of(context.descriptor)
+        graph = graph.clone()
         externalize(graph, context.folder, context.bundle)
         graph.model.ir_version = _IR_VERSION
         data = ir.to_proto(graph.model).SerializeToString()
@@ -119,7 +117,7 @@ class ProviderBackend(Backend):
         Raises:
             TargetError: the environment is not made, or its software fails.
         """
-        options = _options(context.descriptor)
+        options = ProviderOptions.of(context.descriptor)
         data = bytes(context.files.mapped(f"{context.folder}/{record['model']}"))
         proto = onnx.ModelProto.FromString(data)
         weights = relocate(proto, context.files)
@@ -164,7 +162,8 @@ class _started:  # noqa: N801 - used as a function
 
     def __enter__(self) -> tuple[Worker, KernelTable]:
         try:
-            return self._worker, _open(self._worker, self._options)
+            _open(self._worker, self._options)
+            return self._worker, _kernels(self._worker, self._options)
         except TargetError:
             self._worker.close()
             raise
@@ -174,23 +173,24 @@ class _started:  # noqa: N801 - used as a function
 
 
 def _start(descriptor: Descriptor, options: ProviderOptions) -> Worker:
-    place = _environment(options).require(descriptor.name)
+    place = options.environment.require(descriptor.name)
     files = str(place.files)
     variables = {k: v.replace("{files}", files) for k, v in options.variables.items()}
     return Worker(place.python, descriptor.name, variables)
 
 
-def _environment(options: ProviderOptions) -> Environment:
-    return Environment(("numpy", *options.packages), options.debian)
-
-
-def _open(worker: Worker, options: ProviderOptions) -> KernelTable:
+def _open(worker: Worker, options: ProviderOptions) -> None:
     head = {
         "do": "open", "provider": options.provider, "library": options.library,
         "options": {k: _text(v) for k, v in options.options.items()},
         "entries": {k: _text(v) for k, v in options.session_options.items()},
     }  # fmt: skip
-    told, _ = worker.ask(head, _probes(), limit=options.seconds)
+    worker.ask(head, limit=options.seconds)
+
+
+def _kernels(worker: Worker, options: ProviderOptions) -> KernelTable:
+    """The installed runtime's kernels, up to the operator set that the worker's one reads."""
+    told, _ = worker.ask({"do": "reads"}, _probes(), limit=options.seconds)
     if not told["reads"]:
         raise TargetError(
             f"onnxruntime {told['version']} reads no operator set that hal writes",
@@ -213,29 +213,6 @@ def _probes() -> dict[str, np.ndarray]:
         model = ir.Model(graph, ir_version=_IR_VERSION)
         models[str(opset)] = _bytes(ir.to_proto(model).SerializeToString())
     return models
-
-
-def _options(descriptor: Descriptor) -> ProviderOptions:
-    for route in descriptor.routes.values():
-        if isinstance(route, PluginRoute) and route.backend == ProviderBackend.name:
-            return options_of(route)
-    raise DescriptorError(
-        f"target {descriptor.name!r} has no route of the backend 'provider'",
-        "add one, see docs/vendors.md",
-    )
-
-
-def _require_static(graph: Graph, descriptor: Descriptor) -> None:
-    if descriptor.behaviour.dynamic_shapes:
-        return
-    for value in graph.graph.inputs:
-        for dim in value.shape or ():
-            if not isinstance(dim, int):
-                raise UnsupportedError(
-                    f"target {descriptor.name!r} takes static shapes only, and input "
-                    f"{value.name!r} has the dynamic dim {str(dim)!r}",
-                    f"give it an extent: --dim {dim}=1",
-                )
 
 
 def _name_nodes(model: ir.Model) -> None:

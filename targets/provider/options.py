@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from hal.descriptor import PluginRoute, Route
-from hal.errors import DescriptorError
+from hal.targets.environments import Environment
+from hal.targets.own_environment import RouteOptions
 
 Option = str | int | float | bool
 
 
-class ProviderOptions(BaseModel):
+class ProviderOptions(RouteOptions):
     """The table ``[routes.<name>]`` with ``backend = "provider"``."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
-    )
+    backend: ClassVar[str] = "provider"
 
     provider: str = Field(min_length=1)
     """Name of the execution provider."""
@@ -28,8 +26,6 @@ class ProviderOptions(BaseModel):
     options: dict[str, Option] = Field(default_factory=dict)
     """Of the provider; ``{library}`` stands for the folder of the plug-in's library."""
     session_options: dict[str, Option] = Field(default_factory=dict)
-    debian: tuple[str, ...] = ()
-    """Debian packages whose files are unpacked beside the environment; nothing is installed."""
     variables: dict[str, str] = Field(default_factory=dict)
     """Environment variables of the worker; ``{files}`` stands for where they are unpacked."""
     opset: int | None = Field(default=None, gt=0)
@@ -37,24 +33,8 @@ class ProviderOptions(BaseModel):
     reads."""
     offline: bool = False
     """Whether the provider's programs are made when a bundle is compiled, and stored in it."""
-    seconds: float = Field(default=600.0, gt=0)
-    """How long one request to the worker may take."""
 
-
-def options_of(route: Route) -> ProviderOptions:
-    """The options of a descriptor's route.
-
-    Raises:
-        DescriptorError: the table is wrong; says where.
-    """
-    table = route.options if isinstance(route, PluginRoute) else {}
-    try:
-        # Through JSON, because strict validation of Python objects would want tuples for arrays.
-        return ProviderOptions.model_validate_json(json.dumps(table))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise DescriptorError(
-            f"route of the backend 'provider': {place}: {first['msg']}",
-            "`provider` and `packages` are required; see docs/vendors.md",
-        ) from error
+    @property
+    def environment(self) -> Environment:
+        """With NumPy, which the worker itself needs."""
+        return Environment(("numpy", *self.packages), self.debian)

@@ -38,11 +38,8 @@ class Server:
         self.devices: list[Any] = []
         self.session: Any = None
 
-    def open(self, head: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Register the provider; say which of the given models this runtime still reads.
-
-        They are named by the operator set that they are stamped with.
-        """
+    def open(self, head: dict[str, Any], _arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Register the provider."""
         self.provider, library = head["provider"], head.get("library")
         folder = ""
         if library:
@@ -57,9 +54,10 @@ class Server:
             raise RuntimeError(f"onnxruntime {self.ort.__version__} here has no {self.provider}")
         filled = {k: str(v).replace("{library}", folder) for k, v in head["options"].items()}
         self.options, self.entries = filled, dict(head["entries"])
-        return {"version": self.ort.__version__, "reads": self._reads(arrays)}
+        return {}
 
-    def _reads(self, models: dict[str, np.ndarray]) -> list[int]:
+    def reads(self, _head: dict[str, Any], models: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Which of the models, named by their operator sets, this runtime still reads."""
         options = self.ort.SessionOptions()
         options.log_severity_level = 4
         found = []
@@ -69,7 +67,7 @@ class Server:
             except Exception:  # noqa: BLE001 - it does not read this one
                 continue
             found.append(int(opset))
-        return found
+        return {"version": self.ort.__version__, "reads": found}
 
     def assign(self, head: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         """Names of the nodes that are left for the CPU when the provider may choose.

@@ -96,7 +96,7 @@ def test_programs_have_the_chips_own_instructions(
     from hal.kernels.matmul import row_major
     from hal.kernels.quantized_layout import Layout, byte_dot
     from hal.kernels.quantized_matmul import matmul
-    from hal.targets.aot import options_of
+    from hal.targets.aot import AotOptions
     from hal.targets.tvm.backend import shaping_of
     from hal.targets.tvm.target import completed_target
 
@@ -108,7 +108,7 @@ def test_programs_have_the_chips_own_instructions(
         kernel = matmul(layout, shaping.registers, dot)
     else:
         kernel = row_major(128, 64, shaping.lanes, shaping.registers)
-    chosen = completed_target(described, options_of(found.route, name).target)
+    chosen = completed_target(described, AotOptions.of_route(found.route).target)
     module = IRModule({"kernel": kernel.with_attr("global_symbol", "kernel")})
     text = compile(module, target=target.Target(chosen)).mod.inspect_source("asm")
     assert any(word in text for word in mnemonics)
