@@ -6,6 +6,7 @@ registries; what a machine lacks is told by a skip with the reason.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -17,43 +18,18 @@ from hal.conformance import ModelCase, model_cases, run_case
 from hal.errors import TargetError
 from hal.targets import load_backend, resolve
 
-TARGETS = (
-    "host:onnxruntime",
-    "host:tvm",
-    "openvino",
-    "hexagon-v73",
-    "hexagon-v75",
-    "webgpu",
-    "raspberry-pi-5:c",
-    "graviton4:c",
-    "rv64gcv:c",
-    "spacemit-k1:c",
-    "wasm32",
+RECORDED = json.loads(
+    (Path(__file__).parents[2] / "benchmarks" / "results" / "targets.json").read_text()
 )
-NEEDS = {"wasm32": "node"}
-STATIC = {"hexagon-v73", "hexagon-v75", "raspberry-pi-5:c", "graviton4:c", "rv64gcv:c",
-          "spacemit-k1:c", "wasm32"}  # fmt: skip
-"""Have no dynamic shapes, and so no language models yet."""
+STATUS = {row["target"]: row["models"] for row in RECORDED["rows"]}
+"""What ``benchmarks/targets.py`` found, and docs/targets.md shows."""
 
-_HALF = "computes float32 in float16, and is held to float32's tolerance"
-_QEMU = "QEMU 7.2 fails an assertion of its own: decode_save_opc"
-KNOWN = {
-    ("hexagon-v73", "mlp"): _HALF,
-    ("hexagon-v73", "encoder"): _HALF,
-    ("hexagon-v75", "mlp"): _HALF,
-    ("hexagon-v75", "encoder"): _HALF,
-    ("webgpu", "cnn-int8"): "a node that it took is left for the CPU when the model is loaded",
-    ("webgpu", "language-model"): "wrong logits, cause not known",
-    ("openvino", "language-model"): "the provider cannot read the graph",
-    ("rv64gcv:c", "cnn-int8"): _QEMU,
-    ("spacemit-k1:c", "cnn-int8"): _QEMU,
-}
-"""What fails today, as docs/targets.md has it; a test that passes all the same fails."""
+NEEDS = {"wasm32": "node"}
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+@pytest.fixture(scope="module", params=STATUS)
 def target(request: pytest.FixtureRequest) -> str:
     name = str(request.param)
     tool = NEEDS.get(name)
@@ -68,19 +44,12 @@ def target(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("case", model_cases(), ids=lambda case: case.name)
-def test_models_run_on_the_target(
-    target: str, case: ModelCase, request: pytest.FixtureRequest
-) -> None:
-    if (target, case.name) in KNOWN:
-        reason = KNOWN[target, case.name]
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_models_do_on_the_target_what_the_table_says(target: str, case: ModelCase) -> None:
     outcome = run_case(case, target, fallback=True)
-    if case.name == "language-model" and target in STATIC:
-        assert outcome.status == "unsupported", outcome.reason
-        return
-    assert outcome.status == "passed", outcome.reason
-    assert outcome.share is not None
-    assert outcome.share > 0.5
+    recorded = STATUS[target][case.name]
+    assert outcome.status == recorded["status"], outcome.reason
+    if outcome.status == "passed":
+        assert outcome.share == pytest.approx(recorded["share"], abs=0.01)
 
 
 @pytest.mark.parametrize(
