@@ -146,7 +146,7 @@ class Registry:
             TargetError: unknown target or route.
             DescriptorError: the descriptor is wrong.
         """
-        if "+" in name:
+        if "+" in name and not Path(name.partition(":")[0]).is_file():
             stages = tuple(self.resolve(part.strip()) for part in name.split("+"))
             return dataclasses.replace(stages[0], target=name, stages=stages)
         target, colon, route = name.partition(":")

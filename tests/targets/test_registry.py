@@ -259,3 +259,16 @@ def test_two_packages_with_one_backend_are_both_named(plugins: Plugins) -> None:
     plugins(backends=[FakePoint("npu", object, "kit-a"), FakePoint("npu", object, "kit-b")])
     with pytest.raises(TargetError, match=r"provided twice: kit-a 1\.0 and kit-b 1\.0"):
         load_backend("npu")
+
+
+def test_a_plus_joins_targets_but_not_within_the_path_of_a_file(tmp_path: Path) -> None:
+    folder = tmp_path / "c++"
+    folder.mkdir()
+    file = write(folder, "chip")
+    alone = Registry.discover("").resolve(f"{file}:own")
+    assert (alone.name, alone.stages) == ("chip:own", ())
+    both = Registry.discover("").resolve("cpu:onnxruntime + host:onnxruntime")
+    assert both.name == "cpu:onnxruntime+host:onnxruntime"
+    assert [stage.target for stage in both.stages] == ["cpu", "host"]
+    with pytest.raises(TargetError, match="unknown target 'cpuu'"):
+        Registry.discover("").resolve("host+cpuu")
