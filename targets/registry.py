@@ -146,8 +146,8 @@ class Registry:
             TargetError: unknown target or route.
             DescriptorError: the descriptor is wrong.
         """
-        if "+" in name and not Path(name.partition(":")[0]).is_file():
-            stages = tuple(self.resolve(part.strip()) for part in name.split("+"))
+        if len(parts := _joined(name)) > 1:
+            stages = tuple(self.resolve(part) for part in parts)
             return dataclasses.replace(stages[0], target=name, stages=stages)
         target, colon, route = name.partition(":")
         if colon and not route:
@@ -336,3 +336,16 @@ def _items_of(value: Any) -> Iterable[object]:
 
 def _origin(point: importlib.metadata.EntryPoint) -> str:
     return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+
+
+def _joined(name: str) -> list[str]:
+    """The targets of ``A+B``; a plus within the path of a descriptor's file joins nothing."""
+    pieces = name.split("+")
+    for end in range(len(pieces), 1, -1):
+        path, _, route = "+".join(pieces[:end]).partition(":")
+        if "+" not in route and Path(path.strip()).is_file():
+            break
+    else:
+        end = 1
+    first, rest = "+".join(pieces[:end]).strip(), pieces[end:]
+    return [first, *(_joined("+".join(rest)) if rest else [])]

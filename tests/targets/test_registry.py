@@ -1,5 +1,6 @@
 import importlib.metadata
 import os
+import re
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -267,6 +268,9 @@ def test_a_plus_joins_targets_but_not_within_the_path_of_a_file(tmp_path: Path) 
     file = write(folder, "chip")
     alone = Registry.discover("").resolve(f"{file}:own")
     assert (alone.name, alone.stages) == ("chip:own", ())
+    for name in (f"{file}:own+host", f"{file}+host", f"host + {file}:own", f"{file}+{file}+host"):
+        stages = Registry.discover("").resolve(name).stages
+        assert [s.target for s in stages] == re.findall("chip(?=.toml)|host", name)
     both = Registry.discover("").resolve("cpu:onnxruntime + host:onnxruntime")
     assert both.name == "cpu:onnxruntime+host:onnxruntime"
     assert [stage.target for stage in both.stages] == ["cpu", "host"]
