@@ -146,6 +146,16 @@ class Descriptor(Model):
         memory = self.memory_level(level)
         return int(memory.capacity.base) if memory and memory.capacity else None
 
+    def move_cost(self) -> float:
+        """How many times slower the way from the host's memory is than this chip's memory.
+
+        The way is the level ``host`` of kind ``link``; 1 where there is none, as on chips that
+        share the host's memory, or where a bandwidth is unknown.
+        """
+        way, own = self.memory_level("host"), self.memory_bandwidth()
+        there = self.memory_bandwidth("host") if way and way.kind == "link" else None
+        return max(own / there, 1.0) if own and there else 1.0
+
     # -- arithmetic -----------------------------------------------------------------------
 
     def vector_lanes(self, dtype: str) -> int:

@@ -39,6 +39,15 @@ def test_main_memory_is_the_last_main_level_and_never_a_cache_or_a_link() -> Non
     assert described.cache_bytes("l2") == 2**20
 
 
+def test_what_a_move_from_the_host_costs_is_the_ways_share_of_the_memorys_speed() -> None:
+    hbm = {"level": "hbm", "bandwidth": figure(1.6, "TB/s")}
+    way = {"level": "host", "kind": "link", "bandwidth": figure(64, "GB/s")}
+    assert chip().move_cost() == 1.0
+    assert chip(memory=[hbm]).move_cost() == 1.0
+    assert chip(memory=[hbm, way]).move_cost() == pytest.approx(25.0)
+    assert chip(memory=[hbm, {**way, "bandwidth": figure(3, "TB/s")}]).move_cost() == 1.0
+
+
 def test_peak_per_cycle_and_core_is_multiplied_out() -> None:
     described = chip(
         cores=4, clock=figure(2, "GHz"), peak={"float32": figure(32, "flop/cycle/core")}
