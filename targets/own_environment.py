@@ -71,6 +71,16 @@ class RouteOptions(BaseModel):
             "add one, see docs/vendors.md",
         )
 
+    def require(self, descriptor: Descriptor) -> Environment:
+        """The environment, made.
+
+        Raises:
+            TargetError: it is not made yet; the hint says how.
+        """
+        own = next(n for n, route in descriptor.routes.items() if route.backend == self.backend)
+        plain = descriptor.route()[0] == own
+        return self.environment.require(descriptor.name if plain else f"{descriptor.name}:{own}")
+
 
 class InOwnEnvironment(Backend):
     """A backend whose routes are tables of :attr:`options`."""
