@@ -265,6 +265,21 @@ class Descriptor(Model):
             )
         return chosen, self.routes[chosen]
 
+    def with_route(self, name: str | None) -> Descriptor:
+        """This chip with that route as its default, so that backends read that one.
+
+        Raises:
+            DescriptorError: there is no such route.
+        """
+        chosen, _ = self.route(name)
+        return self.model_copy(update={"default_route": chosen}) if name else self
+
+    def route_through(self, backend: str) -> tuple[str, Route] | None:
+        """The default route if that backend takes it, else the first that it takes, or None."""
+        default = self.default_route
+        names = [*([default] if default else []), *self.routes]
+        return next(((n, self.routes[n]) for n in names if self.routes[n].backend == backend), None)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data that :func:`hal.descriptor.parse` reads back to an equal descriptor."""
         data = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)

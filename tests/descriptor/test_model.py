@@ -170,3 +170,20 @@ def test_the_digest_changes_with_any_figure() -> None:
 def test_a_descriptor_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         chip().name = "other"
+
+
+def test_backends_read_the_route_that_was_named() -> None:
+    described = chip(
+        routes={
+            "onnxruntime": {"providers": ["CPUExecutionProvider"]},
+            "small": {"backend": "vendor", "options": {"size": 1}},
+            "large": {"backend": "vendor", "options": {"size": 2}},
+        }
+    )
+    assert (described.route_through("vendor") or [""])[0] == "small"
+    assert (described.with_route("large").route_through("vendor") or [""])[0] == "large"
+    assert (described.with_route("large").route_through("onnxruntime") or [""])[0] == "onnxruntime"
+    assert described.with_route(None) == described
+    assert described.route_through("tvm") is None
+    with pytest.raises(DescriptorError, match="has no route 'larger'"):
+        described.with_route("larger")
