@@ -1,0 +1,380 @@
+"""Convolution of float32 maps over one or two axes, as sums over shifted rows of the input.
+
+A task computes blocks of output channels over runs of neighbouring outputs. The sums of a block
+stay in registers: ``height`` channels times ``wide`` vectors of outputs. For each input channel and
+tap of the window it loads the vectors once, multiplies them with ``height`` weights that are
+broadcast, and stores sums, with bias, residual and limits, where they belong.
+
+Vectors are contiguous, so the input is *arranged* first where it has borders or strides: into
+planes, one for each phase of the stride, with the borders as zeros. Short rows get a plane for each
+column of the window instead, in which rows follow one another without a gap, so that vectors may
+span them. The last vector of a run lies over the one before: no masks, no scalars.
+
+Roofline: ``2 * height * wide`` operations on ``height + wide`` loads a tap. Of the blocks whose
+sums and operands fit the registers, the one with the least work is taken, idle lanes and channels
+counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T  # noqa: N812
+
+from hal.kernels.emitting import ATTRIBUTES, i64, vector
+from hal.kernels.vectors import span, spread
+
+MOST_TAPS = 121
+"""Elements of the largest window: its taps are written out."""
+
+FEWEST_LANES = 4
+"""Maps that do not fill such a vector have no kernel."""
+
+_NEAR_BYTES = 1 << 18
+"""What a task reads of the input for one block of channels, so that the next finds it near."""
+
+_RUN_VECTORS = 8
+"""Vectors that rows are joined to, where they can be."""
+
+_TASKS_PER_CORE = 4
+
+_LOAD = 0.25
+"""Cost of a load beside that of a multiplication: most of it is hidden."""
+
+_IN_FLIGHT = 8
+"""Sums that keep the multipliers busy while others wait for their last addition."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Sizes of a convolution; all but the batch.
+
+    ``pads`` are top, left, bottom, right. Weights are ``[outputs, channels / groups, *window]``.
+    """
+
+    channels: int
+    outputs: int
+    groups: int
+    size: tuple[int, int]
+    window: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    dilations: tuple[int, int] = (1, 1)
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    @property
+    def out(self) -> tuple[int, int]:
+        """Height and width of the result."""
+        return self._extent(0), self._extent(1)
+
+    def _extent(self, axis: int) -> int:
+        room = self.size[axis] + self.pads[axis] + self.pads[axis + 2] - 1
+        return (room - self.dilations[axis] * (self.window[axis] - 1)) // self.strides[axis] + 1
+
+    @property
+    def depth(self) -> int:
+        """Input channels of a group."""
+        return self.channels // self.groups
+
+    @property
+    def taps(self) -> int:
+        """Elements of the window."""
+        return self.window[0] * self.window[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrangement:
+    """How a channel of the input lies, and what each tap reads of it.
+
+    ``planes`` are (first row, first column) in the input with its borders; each has ``rows`` rows
+    of ``pitch`` columns, a stride apart there. The result is ``runs`` runs of ``length``; a tap
+    reads run ``i`` from ``offsets[tap] + i * step`` on.
+    """
+
+    planes: tuple[tuple[int, int], ...]
+    rows: int
+    pitch: int
+    offsets: tuple[int, ...]
+    runs: int
+    length: int
+    step: int
+    as_given: bool
+
+    @property
+    def extent(self) -> int:
+        """Elements of a channel."""
+        return len(self.planes) * self.rows * self.pitch
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A convolution as a kernel computes it."""
+
+    geometry: Geometry
+    arranged: Arrangement
+    lanes: int
+    height: int
+    wide: int
+
+    @property
+    def blocks_per_group(self) -> int:
+        """Blocks of output channels of a group; the last may be partly empty."""
+        return -(-self.geometry.outputs // self.geometry.groups // self.height)
+
+    @property
+    def packed_shape(self) -> tuple[int, int, int]:
+        """Of the weights: blocks, input channels and taps, channels of a block."""
+        g = self.geometry
+        return g.groups * self.blocks_per_group, g.depth * g.taps, self.height
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(geometry: Geometry, lanes: int, registers: int) -> Plan | None:
+    """How to compute it with vectors of at most ``lanes``, or None: there is no kernel."""
+    if geometry.taps > MOST_TAPS or min(geometry.out) < 1:
+        return None
+    while lanes >= FEWEST_LANES:
+        arranged = _arranged(geometry, lanes)
+        if arranged.length >= lanes:
+            outputs = geometry.outputs // geometry.groups
+            height, wide = _block(outputs, -(-arranged.length // lanes), registers)
+            return Plan(geometry, arranged, lanes, height, wide)
+        lanes //= 2
+    return None
+
+
+def _arranged(geometry: Geometry, lanes: int) -> Arrangement:
+    (height, width), (kh, kw) = geometry.out, geometry.window
+    (sh, sw), (dh, dw) = geometry.strides, geometry.dilations
+    short = kw > 1 and width < 2 * lanes
+    reach = 0 if short else (kw - 1) * dw // sw
+    rows, pitch = height + (kh - 1) * dh // sh, width + reach
+    places = [
+        (
+            (i * dh % sh, j * dw if short else j * dw % sw),
+            (i * dh // sh, 0 if short else j * dw // sw),
+        )
+        for i in range(kh)
+        for j in range(kw)
+    ]
+    planes = tuple(dict.fromkeys(plane for plane, _ in places))
+    offsets = tuple(
+        (planes.index(plane) * rows + row) * pitch + column for plane, (row, column) in places
+    )
+    joined = 1
+    if pitch == width:
+        divisors = [d for d in range(1, height + 1) if height % d == 0]
+        joined = next((d for d in divisors if d * width >= _RUN_VECTORS * lanes), height)
+    return Arrangement(
+        planes, rows, pitch, offsets, height // joined, joined * width, joined * pitch,
+        as_given=planes == ((0, 0),) and (rows, pitch) == geometry.size and not any(geometry.pads),
+    )  # fmt: skip
+
+
+def _block(outputs: int, vectors: int, registers: int) -> tuple[int, int]:
+    """Channels and vectors of a block that take the fewest multiplications and loads."""
+
+    def tap(height: int, wide: int) -> float:
+        return max(height * wide, _IN_FLIGHT) + _LOAD * (height + wide) if wide else 0
+
+    def cost(block: tuple[int, int]) -> float:
+        height, wide = block
+        tiles = vectors // wide * tap(height, wide) + tap(height, vectors % wide)
+        return -(-outputs // height) * tiles
+
+    sizes = range(1, registers)
+    fit = [(h, w) for h in sizes for w in sizes if h * w + w < registers]
+    return min((b for b in fit if b[0] <= outputs and b[1] <= vectors), key=cost, default=(1, 1))
+
+
+def pack(weights: np.ndarray, made: Plan) -> np.ndarray:
+    """``[outputs, channels / groups, *window]`` as :attr:`Plan.packed_shape`; float32."""
+    g, (blocks, terms, height) = made.geometry, made.packed_shape
+    rows = weights.reshape(g.groups, g.outputs // g.groups, terms)
+    missing = made.blocks_per_group * height - rows.shape[1]
+    rows = np.pad(rows, ((0, 0), (0, missing), (0, 0)))
+    return np.ascontiguousarray(rows.reshape(blocks, height, terms).transpose(0, 2, 1))
+
+
+@functools.lru_cache(maxsize=256)
+def arrange(made: Plan) -> Any:
+    """``z[B, channels, extent]`` of ``x[B, channels, height, width]``; float32."""
+    g, to = made.geometry, made.arranged
+    (high, across), (top, left) = g.size, g.pads[:2]
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("arrange")
+        handles = [T.arg(name, T.handle()) for name in ("x", "z")]
+        T.func_attr(ATTRIBUTES)
+        batch = tirx.Var("batch", "int64")
+        x = T.match_buffer(handles[0], (batch, g.channels, high, across), "float32")
+        z = T.match_buffer(handles[1], (batch, g.channels, to.extent), "float32")
+        with T.sblock("root"):
+            T.reads([x[0:batch, 0 : g.channels, 0:high, 0:across]])
+            T.writes([z[0:batch, 0 : g.channels, 0 : to.extent]])
+            with T.parallel(batch * i64(g.channels)) as task:
+                b = T.Bind(tirx.floordiv(task, i64(g.channels)))
+                c = T.Bind(tirx.floormod(task, i64(g.channels)))
+
+                def clear(start: Any, count: int) -> None:
+                    with T.serial(i64(0), i64(count)) as i:
+                        T.buffer_store(z, tirx.const(0.0, "float32"), [b, c, start + i])
+
+                for number, (row, column) in enumerate(to.planes):
+                    # Columns whose source is inside, a stride apart.
+                    first = min(max(-(-(left - column) // g.strides[1]), 0), to.pitch)
+                    end = min(max(-(-(across + left - column) // g.strides[1]), first), to.pitch)
+                    with T.serial(i64(0), i64(to.rows)) as r:
+                        start = T.Bind((i64(number * to.rows) + r) * i64(to.pitch))
+                        source = T.Bind(r * i64(g.strides[0]) + i64(row - top))
+                        inside = tirx.all(source >= i64(0), source < i64(high))
+                        with T.If(inside):
+                            with T.Then():
+                                if first:
+                                    clear(start, first)
+                                with T.serial(i64(0), i64(end - first)) as i:
+                                    place = (i + i64(first)) * i64(g.strides[1])
+                                    value = x[b, c, source, place + i64(column - left)]
+                                    T.buffer_store(z, value, [b, c, start + i64(first) + i])
+                                if end < to.pitch:
+                                    clear(start + i64(end), to.pitch - end)
+                            with T.Else():
+                                clear(start, to.pitch)
+    return builder.get()
+
+
+@functools.lru_cache(maxsize=256)
+def convolution(
+    made: Plan,
+    cores: int,
+    *,
+    residual: bool = False,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """``out = min(max(conv(z, w) + bias + residual, low), high)``; float32.
+
+    ``z[B, channels, extent]`` is arranged, ``w`` is packed, ``bias[outputs]``; residual and out are
+    ``[B, outputs, height * width]``. Without ``residual`` there is no such parameter.
+    """
+    g = made.geometry
+    blocks, terms, height = made.packed_shape
+    pixels = g.out[0] * g.out[1]
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("convolution")
+        names = ["z", "w", "bias", *(["residual"] if residual else []), "out"]
+        handles = {name: T.arg(name, T.handle()) for name in names}
+        T.func_attr(ATTRIBUTES)
+        batch = tirx.Var("batch", "int64")
+        maps = (batch, g.outputs, pixels)
+        shapes: dict[str, tuple[Any, ...]] = {
+            "z": (batch, g.channels, made.arranged.extent),
+            "w": (blocks, terms, height),
+            "bias": (g.outputs,),
+            "residual": maps,
+            "out": maps,
+        }
+        buffers = {n: T.match_buffer(handles[n], shapes[n], "float32") for n in names}
+        with T.sblock("root"):
+            whole = {n: b[tuple(slice(0, d) for d in shapes[n])] for n, b in buffers.items()}
+            T.reads([whole[n] for n in names[:-1]])
+            T.writes([whole["out"]])
+            _tasks(made, cores, buffers, batch, (low, high))
+    return builder.get()
+
+
+def _tasks(
+    made: Plan,
+    cores: int,
+    buffers: dict[str, Any],
+    batch: Any,
+    limits: tuple[float | None, float | None],
+) -> None:
+    g, to = made.geometry, made.arranged
+    blocks = made.packed_shape[0]
+    runs = min(max(_NEAR_BYTES // (4 * g.depth * to.step), 1), to.runs)
+    run_tasks = -(-to.runs // runs)
+    share = -(-blocks // min(-(-_TASKS_PER_CORE * cores // run_tasks), blocks))
+    block_tasks = -(-blocks // share)
+    full, starts = _tiles(made)
+    with T.parallel(batch * i64(run_tasks * block_tasks)) as task:
+        image = T.Bind(tirx.floordiv(task, i64(run_tasks * block_tasks)))
+        rest = T.Bind(tirx.floormod(task, i64(run_tasks * block_tasks)))
+        first_run = T.Bind(tirx.floordiv(rest, i64(block_tasks)) * i64(runs))
+        first = T.Bind(tirx.floormod(rest, i64(block_tasks)) * i64(share))
+        size = (made.height * made.wide,)
+        sums = T.alloc_buffer(size, vector("float32", made.lanes), scope="local")
+        with (
+            T.serial(first, tirx.min(first + i64(share), i64(blocks))) as block,
+            T.serial(first_run, tirx.min(first_run + i64(runs), i64(to.runs))) as run,
+        ):
+            if full:
+                with T.serial(i64(0), i64(full)) as t:
+                    before = T.Bind(t * i64(made.wide * made.lanes))
+                    places = [before + i64(j * made.lanes) for j in range(made.wide)]
+                    _tile(made, buffers, sums, (image, block, run), places, limits)
+            if starts:
+                places = [i64(start) for start in starts]
+                _tile(made, buffers, sums, (image, block, run), places, limits)
+
+
+def _tiles(made: Plan) -> tuple[int, list[int]]:
+    """How many tiles of a run are whole, and where the vectors of what is left start."""
+    length, lanes = made.arranged.length, made.lanes
+    vectors = -(-length // lanes)
+    whole = length // lanes // made.wide
+    return whole, [min(v * lanes, length - lanes) for v in range(whole * made.wide, vectors)]
+
+
+def _tile(
+    made: Plan,
+    buffers: dict[str, Any],
+    sums: Any,
+    at: tuple[Any, Any, Any],
+    places: list[Any],
+    limits: tuple[float | None, float | None],
+) -> None:
+    """``height`` channels times the vectors that start at ``places`` in a run."""
+    g, to, lanes = made.geometry, made.arranged, made.lanes
+    image, block, run = at
+    outputs = g.outputs // g.groups
+    group = T.Bind(tirx.floordiv(block, i64(made.blocks_per_group)))
+    inner = T.Bind(tirx.floormod(block, i64(made.blocks_per_group)) * i64(made.height))
+    sources = T.Bind(group * i64(g.depth))
+    cells = [(r, j) for r in range(made.height) for j in range(len(places))]
+    for r, j in cells:
+        T.buffer_store(sums, spread(tirx.const(0.0, "float32"), lanes), [r * made.wide + j])
+    with T.serial(i64(0), i64(g.depth)) as c:
+        for tap, offset in enumerate(to.offsets):
+            start = run * i64(to.step) + i64(offset)
+            inputs = [
+                T.Bind(buffers["z"][image, sources + c, span(start + place, lanes)])
+                for place in places
+            ]
+            for r in range(made.height):
+                factor = spread(buffers["w"][block, c * i64(g.taps) + i64(tap), r], lanes)
+                for j, values in enumerate(inputs):
+                    cell = r * made.wide + j
+                    T.buffer_store(sums, sums[cell] + factor * values, [cell])
+
+    def store(r: int) -> None:
+        channel = group * i64(outputs) + inner + i64(r)
+        for j, place in enumerate(places):
+            where = [image, channel, span(run * i64(to.length) + place, lanes)]
+            value = sums[r * made.wide + j] + spread(buffers["bias"][channel], lanes)
+            if "residual" in buffers:
+                value = value + buffers["residual"][tuple(where)]
+            for limit, choose in zip(limits, (tirx.max, tirx.min), strict=True):
+                if limit is not None:
+                    value = choose(value, spread(tirx.const(limit, "float32"), lanes))
+            T.buffer_store(buffers["out"], value, where)
+
+    for r in range(made.height):
+        if outputs % made.height:
+            with T.If(inner + i64(r) < i64(outputs)), T.Then():
+                store(r)
+        else:
+            store(r)
