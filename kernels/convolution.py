@@ -8,7 +8,8 @@ broadcast, and stores sums, with bias, residual and limits, where they belong.
 Vectors are contiguous, so the input is *arranged* first where it has borders or strides: into
 planes, one for each phase of the stride, with the borders as zeros. Short rows get a plane for each
 column of the window instead, in which rows follow one another without a gap, so that vectors may
-span them. The last vector of a run lies over the one before: no masks, no scalars.
+span them. What is left of a run is done by a vector that lies over the one before, or, where it is
+little, by vectors of channels for one output each: no masks.
 
 Roofline: ``2 * height * wide`` operations on ``height + wide`` loads a tap. Of the blocks whose
 sums and operands fit the registers, the one with the least work is taken, idle lanes and channels
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -119,6 +121,8 @@ class Plan:
     lanes: int
     height: int
     wide: int
+    corner: int = 0
+    """Outputs at the end of a run that are computed one by one, the block's channels together."""
 
     @property
     def blocks_per_group(self) -> int:
@@ -141,8 +145,8 @@ def plan(geometry: Geometry, lanes: int, registers: int) -> Plan | None:
         arranged = _arranged(geometry, lanes)
         if arranged.length >= lanes:
             outputs = geometry.outputs // geometry.groups
-            height, wide = _block(outputs, -(-arranged.length // lanes), registers)
-            return Plan(geometry, arranged, lanes, height, wide)
+            block = _block(outputs, arranged.length, lanes, registers)
+            return Plan(geometry, arranged, lanes, *block)
         lanes //= 2
     return None
 
@@ -175,20 +179,26 @@ def _arranged(geometry: Geometry, lanes: int) -> Arrangement:
     )  # fmt: skip
 
 
-def _block(outputs: int, vectors: int, registers: int) -> tuple[int, int]:
-    """Channels and vectors of a block that take the fewest multiplications and loads."""
+def _block(outputs: int, length: int, lanes: int, registers: int) -> tuple[int, int, int]:
+    """Channels, vectors and corner of the block with the fewest multiplications and loads."""
+    vectors, left = divmod(length, lanes)
 
     def tap(height: int, wide: int) -> float:
         return max(height * wide, _IN_FLIGHT) + _LOAD * (height + wide) if wide else 0
 
-    def cost(block: tuple[int, int]) -> float:
-        height, wide = block
-        tiles = vectors // wide * tap(height, wide) + tap(height, vectors % wide)
-        return -(-outputs // height) * tiles
+    def cost(block: tuple[int, int, int]) -> float:
+        height, wide, corner = block
+        whole = vectors + (left > corner)
+        tiles = whole // wide * tap(height, wide) + tap(height, whole % wide)
+        return -(-outputs // height) * (tiles + corner + _LOAD * (corner + 1) * (corner > 0))
 
     sizes = range(1, registers)
     fit = [(h, w) for h in sizes for w in sizes if h * w + w < registers]
-    return min((b for b in fit if b[0] <= outputs and b[1] <= vectors), key=cost, default=(1, 1))
+    fit = [(h, w) for h, w in fit if h <= outputs and w <= vectors + (left > 0)]
+    full = [(h, w, 0) for h, w in fit]
+    if left:
+        full += [(h, w, left) for h, w in fit if left < h <= lanes and w <= vectors]
+    return min(full, key=cost, default=(1, 1, 0))
 
 
 def pack(weights: np.ndarray, made: Plan) -> np.ndarray:
@@ -319,11 +329,13 @@ def _tasks(
             if starts:
                 places = [i64(start) for start in starts]
                 _tile(made, buffers, sums, (image, block, run), places, limits)
+            if made.corner:
+                _corner(made, buffers, (image, block, run), limits)
 
 
 def _tiles(made: Plan) -> tuple[int, list[int]]:
     """How many tiles of a run are whole, and where the vectors of what is left start."""
-    length, lanes = made.arranged.length, made.lanes
+    length, lanes = made.arranged.length - made.corner, made.lanes
     vectors = -(-length // lanes)
     whole = length // lanes // made.wide
     return whole, [min(v * lanes, length - lanes) for v in range(whole * made.wide, vectors)]
@@ -340,10 +352,7 @@ def _tile(
     """``height`` channels times the vectors that start at ``places`` in a run."""
     g, to, lanes = made.geometry, made.arranged, made.lanes
     image, block, run = at
-    outputs = g.outputs // g.groups
-    group = T.Bind(tirx.floordiv(block, i64(made.blocks_per_group)))
-    inner = T.Bind(tirx.floormod(block, i64(made.blocks_per_group)) * i64(made.height))
-    sources = T.Bind(group * i64(g.depth))
+    sources, first, inner = _channels(made, block)
     cells = [(r, j) for r in range(made.height) for j in range(len(places))]
     for r, j in cells:
         T.buffer_store(sums, spread(tirx.const(0.0, "float32"), lanes), [r * made.wide + j])
@@ -361,20 +370,84 @@ def _tile(
                     T.buffer_store(sums, sums[cell] + factor * values, [cell])
 
     def store(r: int) -> None:
-        channel = group * i64(outputs) + inner + i64(r)
         for j, place in enumerate(places):
-            where = [image, channel, span(run * i64(to.length) + place, lanes)]
-            value = sums[r * made.wide + j] + spread(buffers["bias"][channel], lanes)
-            if "residual" in buffers:
-                value = value + buffers["residual"][tuple(where)]
-            for limit, choose in zip(limits, (tirx.max, tirx.min), strict=True):
-                if limit is not None:
-                    value = choose(value, spread(tirx.const(limit, "float32"), lanes))
-            T.buffer_store(buffers["out"], value, where)
+            where = [image, first + i64(r), span(run * i64(to.length) + place, lanes)]
+            _store(buffers, sums[r * made.wide + j], where, lanes, limits)
 
+    _each_channel(made, inner, store)
+
+
+def _corner(
+    made: Plan, buffers: dict[str, Any], at: tuple[Any, Any, Any], limits: tuple[Any, Any]
+) -> None:
+    """The last outputs of a run: a vector of channels for each, in several sums that take turns."""
+    g, to = made.geometry, made.arranged
+    image, block, run = at
+    sources, first, inner = _channels(made, block)
+    turns = -(-_IN_FLIGHT // made.corner)
+    together = next(
+        d
+        for d in range(1, g.depth + 1)
+        if not g.depth % d and (d * g.taps >= turns or d == g.depth)
+    )
+    turns = min(turns, together * g.taps)
+    kind = vector("float32", made.height)
+    sums = T.alloc_buffer((made.corner * turns,), kind, scope="local")
+    for cell in range(made.corner * turns):
+        T.buffer_store(sums, spread(tirx.const(0.0, "float32"), made.height), [cell])
+    with T.serial(i64(0), i64(g.depth // together)) as part:
+        for term in range(together * g.taps):
+            channel, tap = part * i64(together) + i64(term // g.taps), term % g.taps
+            row = channel * i64(g.taps) + i64(tap)
+            weights = T.Bind(buffers["w"][block, row, span(i64(0), made.height)])
+            start = run * i64(to.step) + i64(to.offsets[tap] + to.length - made.corner)
+            for j in range(made.corner):
+                cell = j * turns + term % turns
+                factor = spread(buffers["z"][image, sources + channel, start + i64(j)], made.height)
+                T.buffer_store(sums, sums[cell] + factor * weights, [cell])
+    totals = []
+    for j in range(made.corner):
+        total = sums[j * turns]
+        for turn in range(1, turns):
+            total = total + sums[j * turns + turn]
+        totals.append(T.Bind(total))
+
+    def store(r: int) -> None:
+        for j, total in enumerate(totals):
+            place = run * i64(to.length) + i64(to.length - made.corner + j)
+            where = [image, first + i64(r), place]
+            _store(buffers, tirx.Shuffle([total], [r]), where, 1, limits)
+
+    _each_channel(made, inner, store)
+
+
+def _channels(made: Plan, block: Any) -> tuple[Any, Any, Any]:
+    """Of a block: its group's first input channel, its first output channel, overall and there."""
+    g = made.geometry
+    group = T.Bind(tirx.floordiv(block, i64(made.blocks_per_group)))
+    inner = T.Bind(tirx.floormod(block, i64(made.blocks_per_group)) * i64(made.height))
+    return T.Bind(group * i64(g.depth)), group * i64(g.outputs // g.groups) + inner, inner
+
+
+def _each_channel(made: Plan, inner: Any, emit: Callable[[int], None]) -> None:
+    """Code for each channel of a block that is there."""
+    outputs = made.geometry.outputs // made.geometry.groups
     for r in range(made.height):
         if outputs % made.height:
             with T.If(inner + i64(r) < i64(outputs)), T.Then():
-                store(r)
+                emit(r)
         else:
-            store(r)
+            emit(r)
+
+
+def _store(
+    buffers: dict[str, Any], total: Any, where: list[Any], lanes: int, limits: tuple[Any, Any]
+) -> None:
+    """What follows a sum, and its place in the result."""
+    value = total + spread(buffers["bias"][where[1]], lanes)
+    if "residual" in buffers:
+        value = value + buffers["residual"][tuple(where)]
+    for limit, choose in zip(limits, (tirx.max, tirx.min), strict=True):
+        if limit is not None:
+            value = choose(value, spread(tirx.const(limit, "float32"), lanes))
+    T.buffer_store(buffers["out"], value, where)

@@ -70,12 +70,9 @@ def geometry_of(node: ir.Node, x: ir.Value, weights: ir.Value) -> Geometry | Non
 
 def plan_of(node: ir.Node, shaping: Shaping) -> Plan:
     """The plan of a ``hal.tvm::Convolution``: what it was fused by."""
-    sizes = {f.name: node.attributes[f.name].value for f in dataclasses.fields(Geometry)}
-    made = plan(
-        Geometry(**{n: tuple(v) if isinstance(v, (list, tuple)) else v for n, v in sizes.items()}),
-        shaping.lanes,
-        shaping.registers,
-    )
+    values = {f.name: node.attributes[f.name].value for f in dataclasses.fields(Geometry)}
+    sizes: dict[str, Any] = {n: v if isinstance(v, int) else tuple(v) for n, v in values.items()}
+    made = plan(Geometry(**sizes), shaping.lanes, shaping.registers)
     assert made is not None
     return made
 
