@@ -43,6 +43,9 @@ _NEAR_BYTES = 1 << 18
 _RUN_VECTORS = 8
 """Vectors that rows are joined to, where they can be."""
 
+_WRITTEN_OUT = 16
+"""Most vectors of a row whose places are written out."""
+
 _TASKS_PER_CORE = 4
 
 _LOAD = 0.25
@@ -245,10 +248,17 @@ def arrange(made: Plan) -> Any:
                             with T.Then():
                                 if first:
                                     clear(start, first)
-                                with T.serial(i64(0), i64(end - first)) as i:
-                                    place = (i + i64(first)) * i64(g.strides[1])
-                                    value = x[b, c, source, place + i64(column - left)]
-                                    T.buffer_store(z, value, [b, c, start + i64(first) + i])
+                                _take(
+                                    x,
+                                    z,
+                                    [b, c, source],
+                                    [b, c, start + i64(first)],
+                                    first * g.strides[1] + column - left,
+                                    end - first,
+                                    g.strides[1],
+                                    across,
+                                    made.lanes,
+                                )
                                 if end < to.pitch:
                                     clear(start + i64(end), to.pitch - end)
                             with T.Else():
@@ -256,11 +266,45 @@ def arrange(made: Plan) -> Any:
     return builder.get()
 
 
+def _take(
+    x: Any,
+    z: Any,
+    row: list[Any],
+    to: list[Any],
+    first: int,
+    count: int,
+    stride: int,
+    across: int,
+    lanes: int,
+) -> None:
+    """Copy ``count`` elements of a row from ``first`` on, ``stride`` apart, to neighbours."""
+    starts = [min(v, count - lanes) for v in range(0, count, lanes)]
+    if stride != 2 or count < lanes or len(starts) > _WRITTEN_OUT:
+        with T.serial(i64(0), i64(count)) as i:
+            T.buffer_store(z, x[(*row, i * i64(stride) + i64(first))], [*to[:2], to[2] + i])
+        return
+    for start in starts:
+        # Two vectors of which every second element counts, from an even place or an odd one:
+        # whichever stays in the row.
+        place, odd = 2 * start + first, 0
+        if place + 2 * lanes > across:
+            place, odd = place - 1, 1
+        if place < 0:
+            pieces = [x[(*row, i64(place + odd + 2 * i))] for i in range(lanes)]
+            value = tirx.Shuffle(pieces, [tirx.const(i, "int32") for i in range(lanes)])
+        else:
+            both = x[(*row, span(i64(place), 2 * lanes))]
+            order = [tirx.const(2 * i + odd, "int32") for i in range(lanes)]
+            value = tirx.Shuffle([both], order)
+        T.buffer_store(z, value, [*to[:2], span(to[2] + i64(start), lanes)])
+
+
 @functools.lru_cache(maxsize=256)
 def convolution(
     made: Plan,
     cores: int,
     *,
+    bias: bool = True,
     residual: bool = False,
     low: float | None = None,
     high: float | None = None,
@@ -268,14 +312,15 @@ def convolution(
     """``out = min(max(conv(z, w) + bias + residual, low), high)``; float32.
 
     ``z[B, channels, extent]`` is arranged, ``w`` is packed, ``bias[outputs]``; residual and out are
-    ``[B, outputs, height * width]``. Without ``residual`` there is no such parameter.
+    ``[B, outputs, height * width]``. Parameters that are switched off are left out.
     """
     g = made.geometry
     blocks, terms, height = made.packed_shape
     pixels = g.out[0] * g.out[1]
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("convolution")
-        names = ["z", "w", "bias", *(["residual"] if residual else []), "out"]
+        given = {"bias": bias, "residual": residual}
+        names = ["z", "w", *(name for name, there in given.items() if there), "out"]
         handles = {name: T.arg(name, T.handle()) for name in names}
         T.func_attr(ATTRIBUTES)
         batch = tirx.Var("batch", "int64")
@@ -443,11 +488,23 @@ def _each_channel(made: Plan, inner: Any, emit: Callable[[int], None]) -> None:
 def _store(
     buffers: dict[str, Any], total: Any, where: list[Any], lanes: int, limits: tuple[Any, Any]
 ) -> None:
-    """What follows a sum, and its place in the result."""
-    value = total + spread(buffers["bias"][where[1]], lanes)
+    T.buffer_store(buffers["out"], limited(buffers, total, where, lanes, limits), where)
+
+
+def limited(
+    buffers: dict[str, Any],
+    total: Any,
+    where: list[Any],
+    lanes: int,
+    limits: tuple[float | None, float | None],
+) -> Any:
+    """Sums with what follows them: bias and residual where there are any, lower and upper limit."""
+    value = total
+    if "bias" in buffers:
+        value = value + spread(buffers["bias"][where[1]], lanes)
     if "residual" in buffers:
         value = value + buffers["residual"][tuple(where)]
     for limit, choose in zip(limits, (tirx.max, tirx.min), strict=True):
         if limit is not None:
             value = choose(value, spread(tirx.const(limit, "float32"), lanes))
-    T.buffer_store(buffers["out"], value, where)
+    return value

@@ -16,7 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from hal.ir import Graph
-from hal.kernels.convolution import Geometry, Plan, pack, plan
+from hal.kernels import convolution, winograd
+from hal.kernels.convolution import Geometry, Plan
+from hal.kernels.winograd import Tiles
 from hal.targets.tvm.lowering import Shaping
 from hal.targets.tvm.quantized_codes import attribute
 
@@ -68,11 +70,18 @@ def geometry_of(node: ir.Node, x: ir.Value, weights: ir.Value) -> Geometry | Non
     )
 
 
-def plan_of(node: ir.Node, shaping: Shaping) -> Plan:
+def plan(geometry: Geometry, shaping: Shaping) -> Plan | Tiles | None:
+    """How kernels compute it on this chip, in tiles where that takes less; None: they cannot."""
+    lanes, registers = shaping.lanes, shaping.registers
+    tiles = winograd.plan(geometry, lanes, registers)
+    return tiles or convolution.plan(geometry, lanes, registers)
+
+
+def plan_of(node: ir.Node, shaping: Shaping) -> Plan | Tiles:
     """The plan of a ``hal.tvm::Convolution``: what it was fused by."""
     values = {f.name: node.attributes[f.name].value for f in dataclasses.fields(Geometry)}
     sizes: dict[str, Any] = {n: v if isinstance(v, int) else tuple(v) for n, v in values.items()}
-    made = plan(Geometry(**sizes), shaping.lanes, shaping.registers)
+    made = plan(Geometry(**sizes), shaping)
     assert made is not None
     return made
 
@@ -94,7 +103,7 @@ def _fuse(graph: Graph, node: ir.Node, shaping: Shaping) -> None:
     sizes = geometry_of(node, x, weights)
     if tensor is None or weights.is_graph_input() or weights.dtype is not _FLOAT or sizes is None:
         return
-    made = plan(sizes, shaping.lanes, shaping.registers)
+    made = plan(sizes, shaping)
     if made is None:
         return
     chain = _Chain(node)
@@ -174,17 +183,19 @@ def _limits(node: ir.Node) -> dict[str, float] | None:
     return limits
 
 
-def _packed(graph: Graph, weights: ir.Value, made: Plan) -> ir.Value:
+def _packed(graph: Graph, weights: ir.Value, made: Plan | Tiles) -> ir.Value:
     """The weights as the kernel reads them."""
     tensor = weights.const_value
     assert tensor is not None
     name = f"{weights.name}.packed"
-    lazy = ir.LazyTensor(
-        lambda: ir.Tensor(pack(tensor.numpy(), made)),
-        dtype=_FLOAT,
-        shape=ir.Shape(made.packed_shape),
-        name=name,
-    )
+
+    def pack() -> ir.TensorProtocol:
+        array = tensor.numpy()
+        tiled = isinstance(made, Tiles)
+        return ir.Tensor(winograd.pack(array, made) if tiled else convolution.pack(array, made))
+
+    shape = made.products.packed_shape if isinstance(made, Tiles) else made.packed_shape
+    lazy = ir.LazyTensor(pack, dtype=_FLOAT, shape=ir.Shape(shape), name=name)
     return _initializer(graph, lazy, name)
 
 
