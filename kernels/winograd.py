@@ -22,8 +22,9 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T  # noqa: N812
 
-from hal.kernels import convolution
-from hal.kernels.convolution import Geometry, Plan, limited
+from hal.kernels import convolution_plan
+from hal.kernels.convolution import limited
+from hal.kernels.convolution_plan import Geometry, Plan
 from hal.kernels.emitting import ATTRIBUTES, i64
 from hal.kernels.vectors import span
 
@@ -73,8 +74,8 @@ def plan(geometry: Geometry, lanes: int, registers: int) -> Tiles | None:
     products = Geometry(
         _POINTS * g.channels, _POINTS * g.outputs, _POINTS, (1, rows * columns), (1, 1)
     )
-    arranged = convolution.plan(inputs, lanes, registers)
-    multiplied = convolution.plan(products, lanes, registers)
+    arranged = convolution_plan.plan(inputs, lanes, registers)
+    multiplied = convolution_plan.plan(products, lanes, registers)
     if arranged is None or multiplied is None:
         return None
     return Tiles(g, arranged, multiplied)
@@ -84,7 +85,7 @@ def pack(weights: np.ndarray, made: Tiles) -> np.ndarray:
     """``[outputs, channels, 3, 3]``, transformed, as the products' plan packs them; float32."""
     points = np.einsum("ai,mcij,bj->abmc", _WEIGHTS, weights.astype(np.float64), _WEIGHTS)
     flat = points.reshape(-1, made.geometry.channels, 1, 1).astype(np.float32)
-    return convolution.pack(flat, made.products)
+    return convolution_plan.pack(flat, made.products)
 
 
 @functools.lru_cache(maxsize=256)

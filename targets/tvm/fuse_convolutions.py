@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from hal.ir import Graph
-from hal.kernels import convolution, winograd
-from hal.kernels.convolution import Geometry, Plan
+from hal.kernels import convolution_plan, winograd
+from hal.kernels.convolution_plan import Geometry, Plan
 from hal.kernels.winograd import Tiles
 from hal.targets.tvm.lowering import Shaping
 from hal.targets.tvm.quantized_codes import attribute
@@ -74,7 +74,7 @@ def plan(geometry: Geometry, shaping: Shaping) -> Plan | Tiles | None:
     """How kernels compute it on this chip, in tiles where that takes less; None: they cannot."""
     lanes, registers = shaping.lanes, shaping.registers
     tiles = winograd.plan(geometry, lanes, registers)
-    return tiles or convolution.plan(geometry, lanes, registers)
+    return tiles or convolution_plan.plan(geometry, lanes, registers)
 
 
 def plan_of(node: ir.Node, shaping: Shaping) -> Plan | Tiles:
@@ -191,8 +191,9 @@ def _packed(graph: Graph, weights: ir.Value, made: Plan | Tiles) -> ir.Value:
 
     def pack() -> ir.TensorProtocol:
         array = tensor.numpy()
-        tiled = isinstance(made, Tiles)
-        return ir.Tensor(winograd.pack(array, made) if tiled else convolution.pack(array, made))
+        if isinstance(made, Tiles):
+            return ir.Tensor(winograd.pack(array, made))
+        return ir.Tensor(convolution_plan.pack(array, made))
 
     shape = made.products.packed_shape if isinstance(made, Tiles) else made.packed_shape
     lazy = ir.LazyTensor(pack, dtype=_FLOAT, shape=ir.Shape(shape), name=name)

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("tvm")
 
 from hal.descriptor import Descriptor
-from hal.kernels import attention, convolution, matmul, moe
+from hal.kernels import arrange, attention, convolution, convolution_plan, matmul, moe
 from hal.kernels import cache as cache_kernels
 from hal.kernels.quantized_layout import Layout, byte_dot
 from hal.targets import resolve
@@ -158,8 +158,10 @@ def experts(on: On) -> list[str]:
 
 
 def convolved(on: On) -> list[str]:
-    sizes = convolution.Geometry(3, 5, 1, (9, 2 * on.chip.lanes + 5), (3, 3), pads=(1, 1, 1, 1))
-    made = convolution.plan(sizes, on.chip.lanes, on.chip.registers)
+    sizes = convolution_plan.Geometry(
+        3, 5, 1, (9, 2 * on.chip.lanes + 5), (3, 3), pads=(1, 1, 1, 1)
+    )
+    made = convolution_plan.plan(sizes, on.chip.lanes, on.chip.registers)
     assert made is not None
     rng = np.random.default_rng(3)
     x = rng.standard_normal((2, 3, *sizes.size), np.float32)
@@ -167,10 +169,10 @@ def convolved(on: On) -> list[str]:
     bias = rng.standard_normal(5, np.float32)
     z = device(np.zeros((2, 3, made.arranged.extent), np.float32))
     out = device(np.zeros((2, 5, sizes.out[0] * sizes.out[1]), np.float32))
-    first = compiled(convolution.arrange(made), on.chip.target)
+    first = compiled(arrange.arrange(made), on.chip.target)
     then = compiled(convolution.convolution(made, 2, low=0.0), on.chip.target)
     first.call(device(x), z)
-    then.call(z, device(convolution.pack(w, made)), device(bias), out)
+    then.call(z, device(convolution_plan.pack(w, made)), device(bias), out)
     padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))
     expected = np.einsum("bcyxij,ocij->boyx", windows, w) + bias[:, None, None]

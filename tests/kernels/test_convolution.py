@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("tvm")
 
-from hal.kernels.convolution import Geometry, Plan, arrange, convolution, pack, plan
+from hal.kernels.arrange import arrange
+from hal.kernels.convolution import convolution, tasks
+from hal.kernels.convolution_plan import Geometry, Plan, pack, plan
 from tests.kernels.support import Chip, chip, compiled, device, runs_here
 
 
@@ -40,15 +42,20 @@ def computed(
     high: float | None = None,
 ) -> np.ndarray:
     g, to = made.geometry, made.arranged
-    if to.as_given:
+    more = [] if residual is None else [device(residual)]
+    kernel = convolution(made, 2, residual=residual is not None, low=low, high=high)
+    room = []
+    if made.alone:
+        z, count = device(x), len(x) * tasks(made, 2)
+        room = [device(np.full((count, 1, to.extent), np.nan, np.float32))]
+    elif to.as_given:
         z = device(x.reshape(len(x), g.channels, to.extent))
     else:
         z = device(np.full((len(x), g.channels, to.extent), np.nan, np.float32))
         compiled(arrange(made), on.target).call(device(x), z)
     out = device(np.full((len(x), g.outputs, g.out[0] * g.out[1]), np.nan, np.float32))
-    kernel = convolution(made, 2, residual=residual is not None, low=low, high=high)
-    more = [] if residual is None else [device(residual)]
-    compiled(kernel, on.target).call(z, device(pack(w, made)), device(bias), *more, out)
+    arguments = [z, device(pack(w, made)), device(bias), *more, out, *room]
+    compiled(kernel, on.target).call(*arguments)
     return out.numpy()
 
 

@@ -8,7 +8,9 @@ import pytest
 pytest.importorskip("tvm")
 
 from hal.kernels import winograd
-from hal.kernels.convolution import Geometry, arrange, convolution
+from hal.kernels.arrange import arrange
+from hal.kernels.convolution import convolution
+from hal.kernels.convolution_plan import Geometry
 from tests.kernels.support import chip, compiled, device, runs_here
 from tests.kernels.test_convolution import reference
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from hal.kernels import convolution as kernels
 from hal.kernels import winograd
-from hal.kernels.convolution import Plan
+from hal.kernels.arrange import arrange
+from hal.kernels.convolution_plan import Plan
 from hal.kernels.winograd import Tiles
 from hal.targets.tvm.converters.shape import reshaped
 from hal.targets.tvm.dims import Dim
@@ -36,7 +37,15 @@ def convolution(op: Op) -> Operand:
 def _plainly(
     op: Op, made: Plan, shape: Sequence[Dim], others: list[Operand], follows: dict[str, Any]
 ) -> Operand:
-    code = kernels.convolution(made, op.context.shaping.cores, **follows)
+    cores = op.context.shaping.cores
+    code = kernels.convolution(made, cores, **follows)
+    if made.alone:
+        g, batch = made.geometry, shape[0]
+        maps = reshaped(op, op.input(0), [batch, g.channels, *g.size])
+        room = [batch * kernels.tasks(made, cores), 1, made.arranged.extent]
+        operands = [maps, op.input(1), op.input(2), *others]
+        outputs = [(shape, "float32"), (room, "float32")]
+        return op.context.call_kernel(code, operands, outputs, "convolution")[0]
     return _call(op, code, [_arranged(op, made), op.input(1), op.input(2), *others], shape)
 
 
@@ -66,7 +75,7 @@ def _arranged(op: Op, made: Plan) -> Operand:
     key = (op.node.inputs[0], made.arranged, g.pads)
     if key not in context.prepared:
         maps = reshaped(op, x, [x.shape[0], g.channels, *g.size])
-        context.prepared[key] = [_call(op, kernels.arrange(made), [maps], flat, "arrange")]
+        context.prepared[key] = [_call(op, arrange(made), [maps], flat, "arrange")]
     return context.prepared[key][0]
 
 
