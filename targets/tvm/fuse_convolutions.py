@@ -3,13 +3,13 @@
 ``Conv`` and what follows it alone (the sum with a tensor of the same shape, then ``Relu`` or
 ``Clip``) turns into ``hal.tvm::Convolution(x, packed, bias[, residual])``. Maps have one or two
 axes of known sizes; what fits no kernel stays as it is. The packed weights are made when the build
-writes its weights, one tensor at a time.
+writes its weights, one tensor at a time; codes become floats then.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ DOMAIN = "hal.tvm"
 """Domain of the ops that exist between this backend's own steps only."""
 
 CONVOLUTION = "Convolution"
+EXPANDED = "expanded"
+"""Attribute: the weights were codes, and are floats in the build."""
 
 _FLOAT = ir.DataType.FLOAT
 
@@ -70,10 +72,14 @@ def geometry_of(node: ir.Node, x: ir.Value, weights: ir.Value) -> Geometry | Non
     )
 
 
-def plan(geometry: Geometry, shaping: Shaping) -> Plan | Tiles | None:
-    """How kernels compute it on this chip, in tiles where that takes less; None: they cannot."""
+def plan(geometry: Geometry, shaping: Shaping, *, codes: bool = False) -> Plan | Tiles | None:
+    """How kernels compute it on this chip, in tiles where that takes less; None: they cannot.
+
+    Of weights that were ``codes`` the sums are plain: results are rounded to codes again, and the
+    larger errors of tiles would move more of them to the next one.
+    """
     lanes, registers = shaping.lanes, shaping.registers
-    tiles = winograd.plan(geometry, lanes, registers)
+    tiles = None if codes else winograd.plan(geometry, lanes, registers)
     return tiles or convolution_plan.plan(geometry, lanes, registers)
 
 
@@ -81,7 +87,8 @@ def plan_of(node: ir.Node, shaping: Shaping) -> Plan | Tiles:
     """The plan of a ``hal.tvm::Convolution``: what it was fused by."""
     values = {f.name: node.attributes[f.name].value for f in dataclasses.fields(Geometry)}
     sizes: dict[str, Any] = {n: v if isinstance(v, int) else tuple(v) for n, v in values.items()}
-    made = plan(Geometry(**sizes), shaping)
+    codes = bool(node.attributes[EXPANDED].as_int())
+    made = plan(Geometry(**sizes), shaping, codes=codes)
     assert made is not None
     return made
 
@@ -99,11 +106,11 @@ def _fuse(graph: Graph, node: ir.Node, shaping: Shaping) -> None:
     x, weights = node.inputs[0], node.inputs[1]
     if x is None or weights is None or x.dtype is not _FLOAT:
         return
-    tensor = weights.const_value
-    sizes = geometry_of(node, x, weights)
-    if tensor is None or weights.is_graph_input() or weights.dtype is not _FLOAT or sizes is None:
+    sizes, read = geometry_of(node, x, weights), _reader(weights)
+    if read is None or weights.dtype is not _FLOAT or sizes is None:
         return
-    made = plan(sizes, shaping)
+    codes = weights.const_value is None
+    made = plan(sizes, shaping, codes=codes)
     if made is None:
         return
     chain = _Chain(node)
@@ -114,8 +121,12 @@ def _fuse(graph: Graph, node: ir.Node, shaping: Shaping) -> None:
     fused = ir.Node(
         DOMAIN,
         CONVOLUTION,
-        [x, _packed(graph, weights, made), bias, *chain.residual],
-        [*_attributes(dataclasses.asdict(sizes)), *_attributes(chain.limits)],
+        [x, _packed(graph, read, f"{weights.name}.packed", made), bias, *chain.residual],
+        [
+            *_attributes(dataclasses.asdict(sizes)),
+            *_attributes(chain.limits),
+            ir.AttrInt64(EXPANDED, int(codes)),
+        ],
         name=node.name,
     )
     old, new = chain.last.outputs[0], fused.outputs[0]
@@ -125,6 +136,9 @@ def _fuse(graph: Graph, node: ir.Node, shaping: Shaping) -> None:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     for gone in reversed(chain.nodes):
         graph.graph.remove(gone, safe=True)
+    maker = weights.producer()
+    if maker is not None and not weights.uses() and not weights.is_graph_output():
+        graph.graph.remove(maker, safe=True)
     graph.graph.opset_imports[DOMAIN] = 1
 
 
@@ -183,14 +197,42 @@ def _limits(node: ir.Node) -> dict[str, float] | None:
     return limits
 
 
-def _packed(graph: Graph, weights: ir.Value, made: Plan | Tiles) -> ir.Value:
+def _reader(weights: ir.Value) -> Callable[[], np.ndarray] | None:
+    """What gives the values of constant weights, be they floats or codes; None if they are not."""
+    tensor, node = weights.const_value, weights.producer()
+    if tensor is not None:
+        return None if weights.is_graph_input() else tensor.numpy
+    if node is None or node.op_type != "DequantizeLinear" or node.domain:
+        return None
+    if any(v is None or v.const_value is None or v.is_graph_input() for v in node.inputs):
+        return None
+    parts = [v.const_value for v in node.inputs if v is not None and v.const_value is not None]
+    axis, block = attribute(node, "axis", 1), attribute(node, "block_size", 0)
+
+    def dequantized() -> np.ndarray:
+        codes, *others = (part.numpy().astype(np.float32) for part in parts)
+        scale, zero = (
+            _aligned(part, codes.shape, axis, block) for part in (*others, 0 * others[0])[:2]
+        )
+        return ((codes - zero) * scale).astype(np.float32)
+
+    return dequantized
+
+
+def _aligned(part: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> np.ndarray:
+    """Scales or zero points, by tensor, axis or block, so that they broadcast over the codes."""
+    if block:
+        return np.repeat(part, block, axis).take(np.arange(shape[axis]), axis)
+    return part.reshape([-1 if a == axis % len(shape) else 1 for a in range(len(shape))])
+
+
+def _packed(
+    graph: Graph, read: Callable[[], np.ndarray], name: str, made: Plan | Tiles
+) -> ir.Value:
     """The weights as the kernel reads them."""
-    tensor = weights.const_value
-    assert tensor is not None
-    name = f"{weights.name}.packed"
 
     def pack() -> ir.TensorProtocol:
-        array = tensor.numpy()
+        array = read()
         if isinstance(made, Tiles):
             return ir.Tensor(winograd.pack(array, made))
         return ir.Tensor(convolution_plan.pack(array, made))

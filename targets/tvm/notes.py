@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from hal.targets.reading import WeightReads, bytes_read, decodes
+from hal.targets.tvm.fuse_convolutions import CONVOLUTION, EXPANDED
 
 _IN_EACH_CALL = (
     "weights have no kernel that reads their codes: each call expands them to floats, and their"
@@ -12,11 +13,22 @@ _IN_EACH_CALL = (
 )
 
 
+_IN_THE_BUILD = (
+    "weights of convolutions have no kernel that reads their codes: the build has them as floats,"
+    " and their layers compute on floats, which is no faster than not to quantize them"
+)
+
+
 def weights_read(graph: ir.Graph) -> WeightReads:
     """Of a legalized graph: what a call reads, and codes that no kernel reads as they are."""
-    count = sum(decodes(node) for node in graph)
+    counts = {
+        _IN_EACH_CALL: sum(decodes(node) for node in graph),
+        _IN_THE_BUILD: sum(
+            node.op_type == CONVOLUTION and node.attributes[EXPANDED].as_int() for node in graph
+        ),
+    }
     total = bytes_read(graph, _share)
-    return WeightReads(total, {_IN_EACH_CALL: count} if count else {})
+    return WeightReads(total, {text: count for text, count in counts.items() if count})
 
 
 def _share(node: ir.Node, index: int) -> float | None:

@@ -122,6 +122,27 @@ def test_weights_that_two_convolutions_share_are_packed_for_each() -> None:
     check(toy, [CONVOLUTION, CONVOLUTION])
 
 
+@pytest.mark.parametrize(
+    ("scale", "zero", "attributes"),
+    [
+        ([6], False, {"axis": 0}),
+        ([], True, {}),
+        ([6, 2, 3, 3], True, {"axis": 1, "block_size": 2}),
+    ],
+)
+def test_weights_that_are_codes_become_floats(
+    scale: list[int], zero: bool, attributes: dict[str, Any]
+) -> None:
+    toy = Toy(x=["batch", 4, 9, 17])
+    rng = np.random.default_rng(5)
+    codes = rng.integers(-128, 128, (6, 4, 3, 3)).astype(np.int8)
+    scales = rng.random(scale, np.float32) * 0.01 + 0.001
+    zeros = [rng.integers(-9, 9, scale).astype(np.int8)] if zero else []
+    weights = toy("DequantizeLinear", codes, np.float32(scales), *zeros, **attributes)
+    toy.output(toy("Conv", toy.x, weights, toy.weight(6), pads=[1, 1, 1, 1]), "y")
+    check(toy, [CONVOLUTION])
+
+
 def test_the_neutral_graph_is_not_changed() -> None:
     toy = Toy(x=["batch", 4, 9, 17])
     toy.output(toy("Relu", conv(toy, toy.x, 4, 1, 1)), "y")
