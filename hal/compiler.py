@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save_file
 
 import hal
@@ -361,13 +360,7 @@ def _run_once(graph: Graph, target: ResolvedTarget, step: verification.Step) -> 
 def _reference_of(bundle: Bundle, graph: Graph) -> _Reference:
     if bundle.manifest.samples is None:
         return verification.reference_for(graph)
-    arrays = load_arrays(bundle.files.read(bundle.manifest.samples))
-    steps: list[dict[str, np.ndarray]] = []
-    for key in sorted(arrays):
-        index, _, name = key.partition("/")
-        while len(steps) <= int(index):
-            steps.append({})
-        steps[int(index)][name] = arrays[key]
+    steps = bundle.samples()
     return verification.Reference(tuple(steps), tuple(verification.run_reference(graph, steps)))
 
 

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "runtime": {"ir", "descriptor", "targets"},
     "compiler": {"ir", "descriptor", "frontends", "passes", "targets", "runtime"},
     "server": {"runtime"},
-    "conformance": {"ir", "facade"},
+    "conformance": {"ir", "frontends", "passes", "targets", "runtime", "facade"},
     "cli": {
         "ir",
         "descriptor",
