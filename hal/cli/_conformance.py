@@ -136,9 +136,7 @@ def _print(
             )
             for o in outcomes
         ]
-        print_table(
-            f"{chosen.title} on {name}", ("case", "status", "max error", "share", ""), rows
-        )
+        print_table(f"{chosen.title} on {name}", ("case", "status", "max error", "share", ""), rows)
     else:
         ops = figures["per_op"].items()
         print_table(

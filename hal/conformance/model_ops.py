@@ -23,7 +23,7 @@ import onnx_ir as ir
 import hal
 from hal import frontends
 from hal.conformance.models import ModelCase
-from hal.errors import HalError, InputError, did_you_mean
+from hal.errors import InputError, did_you_mean
 from hal.ir import Graph, dtype_name, used_values, verify
 from hal.ir.evaluate import Evaluator
 from hal.passes import default_pipeline
@@ -129,9 +129,7 @@ def _steps(graph: Graph, bound: Iterable[BoundDim]) -> list[Values]:
     steps = [sample_inputs(specs, seed=_SEED, extents=extents, metadata=graph.metadata)]
     if graph.state:
         extents["sequence"] = 1
-        steps.append(
-            sample_inputs(specs, seed=_SEED + 1, extents=extents, metadata=graph.metadata)
-        )
+        steps.append(sample_inputs(specs, seed=_SEED + 1, extents=extents, metadata=graph.metadata))
     return steps
 
 
@@ -153,9 +151,7 @@ class _Unit:
     outputs: tuple[ir.Value, ...]
 
 
-def _cases(
-    graph: Graph, steps: Sequence[Values]
-) -> tuple[tuple[ModelCase, ...], dict[str, str]]:
+def _cases(graph: Graph, steps: Sequence[Values]) -> tuple[tuple[ModelCase, ...], dict[str, str]]:
     left_out: dict[str, str] = {}
     units = list(_units(graph, left_out))
     wanted = dict.fromkeys(
@@ -260,7 +256,7 @@ def _quantized_constant(value: ir.Value) -> set[ir.Node]:
 
 def _only_quantizer(value: ir.Value) -> ir.Node | None:
     """The ``QuantizeLinear`` that is the only reader of a value, or None."""
-    uses = value.uses()
+    uses = list(value.uses())
     if len(uses) != 1 or value.is_graph_output():
         return None
     reader, index = uses[0]
@@ -301,9 +297,9 @@ def _key(unit: _Unit, values: Values) -> str:
         fixed = value in unit.constants
         digest.update(f"{numbers[value]} {fixed} {_spec(value, values)}".encode())
         tensor = _tensor(value, values) if fixed else None
-        if tensor is not None and len(tensor.shape) == 1 and tensor.dtype.is_integer():
-            if tensor.size <= _LIST_LENGTH:
-                digest.update(tensor.numpy().tobytes())
+        is_list = tensor is not None and len(tensor.shape) == 1 and tensor.dtype.is_integer()
+        if tensor is not None and is_list and tensor.size <= _LIST_LENGTH:
+            digest.update(tensor.numpy().tobytes())
     for node in unit.nodes:
         for value in node.outputs:
             numbers[value] = len(numbers)
@@ -321,14 +317,21 @@ def _spec(value: ir.Value, values: Values) -> str:
     """``float32_1x8x64``."""
     if value.name in values:
         array = np.asarray(values[value.name])
-        name, shape = ("string" if array.dtype.kind in "OU" else array.dtype.name), array.shape
+        name = "string" if array.dtype.kind in "OU" else array.dtype.name
     else:
         assert value.const_value is not None
-        name, shape = dtype_name(value.const_value.dtype), value.const_value.shape.numpy()
-    return f"{name}_{'x'.join(map(str, shape)) or 'scalar'}"
+        name = dtype_name(value.const_value.dtype)
+    return f"{name}_{'x'.join(map(str, _shape(value, values))) or 'scalar'}"
 
 
-def _tensor(value: ir.Value, values: Values) -> ir.TensorProtocol | None:
+def _shape(value: ir.Value, values: Values) -> tuple[int, ...]:
+    if value.name in values:
+        return tuple(np.shape(values[value.name]))
+    assert value.const_value is not None
+    return tuple(value.const_value.shape.numpy())
+
+
+def _tensor(value: ir.Value, values: Values) -> ir.TensorProtocol:
     """What a constant holds."""
     if value.const_value is not None:
         return value.const_value
@@ -345,9 +348,7 @@ def _name(unit: _Unit, values: Values) -> str:
     return "-".join([op_name(unit.core).replace("::", "."), *parts])
 
 
-def _case(
-    graph: Graph, unit: _Unit, values: Values, name: str, places: Sequence[str]
-) -> ModelCase:
+def _case(graph: Graph, unit: _Unit, values: Values, name: str, places: Sequence[str]) -> ModelCase:
     proto = onnx.GraphProto(name=name)
     proto.node.extend(ir.serde.serialize_node(node) for node in unit.nodes)
     proto.input.extend(_info(v, values) for v in (*unit.inputs, *unit.constants))
@@ -374,13 +375,10 @@ def _case(
 
 
 def _info(value: ir.Value, values: Values) -> onnx.ValueInfoProto:
-    if value.name in values:
-        shape = np.shape(values[value.name])
-    else:
-        assert value.const_value is not None
-        shape = value.const_value.shape.numpy()
     assert value.dtype is not None
-    return onnx.helper.make_tensor_value_info(value.name or "", int(value.dtype), shape)
+    return onnx.helper.make_tensor_value_info(
+        value.name or "", int(value.dtype), _shape(value, values)
+    )
 
 
 def _functions(model: ir.Model, nodes: Iterable[ir.Node]) -> Iterator[ir.Function]:
