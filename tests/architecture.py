@@ -26,6 +26,7 @@ LAYERS = {
     "hal.compiler": "compiler",
     "hal.quantization": "compiler",
     "hal.conformance": "conformance",
+    "hal.pytest_plugin": "pytest_plugin",
     "hal.server": "server",
     "hal.cli": "cli",
     "hal": "facade",
@@ -43,6 +44,7 @@ MAY_IMPORT = {
     "compiler": {"ir", "descriptor", "frontends", "passes", "targets", "runtime"},
     "server": {"runtime"},
     "conformance": {"ir", "frontends", "passes", "targets", "runtime", "facade"},
+    "pytest_plugin": {"targets", "conformance", "facade"},
     "cli": {
         "ir",
         "descriptor",

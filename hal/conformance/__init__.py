@@ -7,6 +7,7 @@ from hal.conformance.report import page, summary
 from hal.conformance.running import (
     FAILURES,
     STATUSES,
+    CaseRunner,
     Outcome,
     fresh_cache,
     run_case,
@@ -19,6 +20,7 @@ __all__ = [
     "STATUSES",
     "BoundDim",
     "Case",
+    "CaseRunner",
     "ModelCase",
     "ModelOps",
     "Outcome",

@@ -231,15 +231,20 @@ def _array(item: Any) -> Any:
 @contextlib.contextmanager
 def fresh_cache() -> Iterator[None]:
     """A cache of its own for the block: builds by other code are not ours."""
+    with tempfile.TemporaryDirectory(prefix="conformance-") as folder, _cache_in(folder):
+        yield
+
+
+@contextlib.contextmanager
+def _cache_in(folder: str) -> Iterator[None]:
     before = os.environ.get("HAL_CACHE")
-    with tempfile.TemporaryDirectory(prefix="conformance-") as folder:
-        os.environ["HAL_CACHE"] = folder
-        try:
-            yield
-        finally:
-            del os.environ["HAL_CACHE"]
-            if before is not None:
-                os.environ["HAL_CACHE"] = before
+    os.environ["HAL_CACHE"] = folder
+    try:
+        yield
+    finally:
+        del os.environ["HAL_CACHE"]
+        if before is not None:
+            os.environ["HAL_CACHE"] = before
 
 
 # -- many cases -------------------------------------------------------------------------------
@@ -284,6 +289,48 @@ def _work(
         except EOFError:
             return
         pipe.send(run_case(cases[index], *arguments))
+
+
+class CaseRunner:
+    """Runs cases one at a time, when they are asked for, in a process that is replaced if it dies.
+
+    Builds go to a cache of its own until :meth:`close`.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case | ModelCase],
+        target: str,
+        *,
+        fallback: bool = False,
+        limit: float = TIME_LIMIT,
+    ) -> None:
+        self._cases, self._limit = cases, limit
+        self._arguments = (target, fallback, False)
+        self._cache = tempfile.TemporaryDirectory(prefix="conformance-")
+        self._worker: _Worker | None = None
+
+    def run(self, index: int) -> Outcome:
+        """How the case of that number goes."""
+        if self._worker is None:
+            with _cache_in(self._cache.name):
+                self._worker = _Worker(self._cases, self._arguments)
+        worker = self._worker
+        worker.give(index, self._limit)
+        while (outcome := _collect(worker, self._cases)) is None:
+            left = worker.deadline - time.monotonic()
+            multiprocessing.connection.wait([worker.pipe], timeout=max(0.0, left))
+        if not worker.process.is_alive():
+            worker.kill()
+            self._worker = None
+        return outcome
+
+    def close(self) -> None:
+        """End the process, and remove what was built."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+        self._cache.cleanup()
 
 
 def run_suite(
