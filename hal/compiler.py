@@ -50,7 +50,7 @@ from hal.runtime.cache_options import CacheOptions, parse_kv_cache
 from hal.runtime.memory import give_back, given_back_when_freed
 from hal.runtime.saved_state import state_digest
 from hal.runtime.session import Session, find_build
-from hal.targets import ResolvedTarget, load_backend, resolve
+from hal.targets import ResolvedTarget, require_usable, resolve
 
 SAMPLES = "samples.safetensors"
 SAMPLE_BYTES = 16 << 20
@@ -482,10 +482,5 @@ def check_options(
         raise TargetError("no target is given", "use target='host'")
     targets = [resolve(name) for name in dict.fromkeys(names)]
     for item in targets:
-        probe = load_backend(item.backend).probe()
-        if probe.status == "absent":
-            raise TargetError(
-                f"target {item.name!r} cannot be built here: {probe.reason}",
-                f"pip install 'hal-compiler[{item.backend}]', or choose another route",
-            )
+        require_usable(item)
     return targets

@@ -74,11 +74,17 @@ def pytest_configure(config: pytest.Config) -> None:
             if config.getoption(name):
                 raise pytest.UsageError(f"{name} is given without --hal-target")
         return
-    from hal.targets import resolve
+    from hal.targets import foreign, guarded, require_usable, resolve
 
     for target in targets:
         with _told():
-            resolve(target)
+            found = resolve(target)
+            blamed = " or ".join(foreign([found])) or found.name
+            guarded(
+                lambda _, found=found: require_usable(found),
+                blamed,
+                config.getoption("--hal-limit"),
+            )
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m choose among the items

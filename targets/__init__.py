@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 from hal.targets.backends import (
     BackendInfo,
     backend_digest,
+    blaming,
     check_routes,
     code_digest,
+    foreign,
     list_backends,
     load_backend,
+    require_usable,
 )
+from hal.targets.guarded import guarded
 from hal.targets.registry import (
     Registry,
     ResolvedTarget,
@@ -62,11 +66,15 @@ __all__ = [
     "Verdict",
     "WeightStore",
     "backend_digest",
+    "blaming",
     "check_routes",
     "code_digest",
+    "foreign",
+    "guarded",
     "list_backends",
     "list_targets",
     "load_backend",
+    "require_usable",
     "resolve",
 ]
 

@@ -65,11 +65,14 @@ def conformance_command(
     """
     import hal
     from hal.conformance import FAILURES, fresh_cache, page, run_suite, select, summary
-    from hal.targets import resolve
+    from hal.targets import foreign, guarded, require_usable, resolve
 
     if html is not None and not html.parent.is_dir():
         raise InputError(f"--html {html}: there is no such folder", "make it first")
-    name = resolve(target).name
+    found = resolve(target)
+    name = found.name
+    # In a process of its own, so that nothing of the target's software is in those of the cases.
+    guarded(lambda _: require_usable(found), " or ".join(foreign([found])) or name, limit)
     chosen = select(
         target,
         ops=None if op is None else op.split(","),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,10 @@ from hal.cli._output import (
 
 if TYPE_CHECKING:
     from hal.descriptor import Descriptor, Quantity
+    from hal.targets import BackendInfo
+
+_PROBE_SECONDS = 30.0
+"""What a backend of another package may take to say whether it can run here."""
 
 Name = Annotated[
     str, typer.Argument(metavar="TARGET", help="A name, NAME:ROUTE, or the path of a .toml file.")
@@ -54,7 +59,7 @@ def list_command(
     from hal.targets import list_backends, list_targets
 
     infos = list_targets()
-    backends = list_backends() if probe else []
+    backends = list_backends(_asked_apart) if probe else []
     if json:
         print_json(
             {
@@ -81,6 +86,12 @@ def list_command(
             ("backend", "status", "from", "reason"),
             [(b.name, b.status, b.origin, b.reason) for b in backends],
         )
+
+
+def _asked_apart(ask: Callable[[], BackendInfo], blamed: str) -> BackendInfo:
+    from hal.targets import guarded
+
+    return guarded(lambda _: ask(), blamed, _PROBE_SECONDS)
 
 
 def show_command(target: Name, json: Json = False) -> None:
