@@ -167,7 +167,7 @@ def blamed(name: str) -> str:
     """``backend 'npu' of npu-kit 1.0``: a backend and the package that it comes from."""
     points = importlib.metadata.entry_points(group=BACKENDS_GROUP)
     origins = dict.fromkeys(_origin(point) for point in points if point.name == name)
-    return f"backend {name!r} of {' and '.join(origins)}"
+    return f"backend {name!r}" + (f" of {' and '.join(origins)}" if origins else "")
 
 
 @contextlib.contextmanager
@@ -177,18 +177,22 @@ def blaming(backend: Backend, doing: str) -> Iterator[None]:
     Raises:
         TargetError: the code within the block raised something else than an error of hal.
     """
-    module = type(backend).__module__
     try:
         yield
     except HalError:
         raise
     except Exception as error:
-        if module == "hal" or module.startswith("hal."):
+        if not is_foreign(backend):
             raise
         raise TargetError(
             f"{blamed(backend.name)} failed when {doing}: {type(error).__name__}: {_line(error)}",
             "this is a fault of that software: report it to its maker",
         ) from error
+
+
+def is_foreign(backend: Backend) -> bool:
+    """Whether a backend is another package's."""
+    return type(backend).__module__.partition(".")[0] != "hal"
 
 
 def _is_own(point: importlib.metadata.EntryPoint) -> bool:

@@ -27,8 +27,10 @@ from hal.runtime.cache import cache_folder, entry_writer
 from hal.targets import (
     ResolvedTarget,
     backend_digest,
+    blamed,
     blaming,
     code_digest,
+    is_foreign,
     load_backend,
     partition,
 )
@@ -210,7 +212,9 @@ def _build(
             with blaming(owner, "building"):
                 built = owner.build(part, BuildContext(target.descriptor, place, root))
         except UnsupportedError as error:
-            raise BuildError(error.message, error.hint) from error
+            who = f"{blamed(owner.name)} claimed what it cannot build: "
+            message = f"{who if is_foreign(owner) else ''}{error.message}"
+            raise BuildError(message, error.hint) from error
         segments.append(
             {
                 "backend": owner.name,

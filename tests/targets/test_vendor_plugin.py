@@ -14,6 +14,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from tests import files
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "vendor_plugin"
 
@@ -96,7 +98,11 @@ SURVIVED = [
     ("api", "error: backend 'tiny_npu' of hal-tiny-npu 1.0 was written for hal_api '99'"),
     ("probe", "error: backend 'tiny_npu' of hal-tiny-npu 1.0 failed when asked whether it can run"),
     ("probe-crash", "error: backend 'tiny_npu' of hal-tiny-npu 1.0 ended the process (SIGSEGV)"),
-    ("lie", "error: the compiler of tiny-npu: no such operation"),
+    (
+        "lie",
+        "error: backend 'tiny_npu' of hal-tiny-npu 1.0 claimed what it cannot build: the compiler "
+        "of tiny-npu: no such operation",
+    ),
     ("raise", "error: backend 'tiny_npu' of hal-tiny-npu 1.0 failed when building: KeyError"),
     ("crash", "ended the process (SIGSEGV) while building for tiny-npu:tiny"),
     ("exit", "ended the process (exit code 3) while building for tiny-npu:tiny"),
@@ -124,6 +130,32 @@ def test_compile_survives_and_tells(
     done = run(installed, *command, "--target", "tiny-npu", "--target", "host:onnxruntime")
     assert done.returncode == 0, done.stderr
     assert "assigned 3/3 nodes to tiny_npu" in done.stdout
+
+
+def test_a_descriptor_that_promises_more_than_its_backend_does(
+    installed: Path, tmp_path: Path
+) -> None:
+    """What the chip is said to do counts for nothing against what its software takes."""
+    liar = tmp_path / "liar.toml"
+    liar.write_text(
+        'schema = 1\nname = "liar"\nkind = "npu"\nextends = "tiny-npu"\n'
+        '[behaviour.dtypes]\nfloat32 = "native"\n'
+    )
+    model = files.save_mlp(tmp_path / "mlp.onnx")
+    command = ["-m", "hal.cli", "compile", str(model), "-o", str(tmp_path / "m.hal")]
+    dims = ["--target", str(liar), "--dim", "batch=1"]
+    done = run(installed, *command, *dims, "--no-fallback")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 2
+    assert "cannot run on tiny_npu" in done.stderr
+    assert "the chip computes on 8-bit integers only" in done.stderr
+    done = run(installed, *command, *dims)
+    assert done.returncode == 0, done.stderr
+    assert "the chip computes on 8-bit integers only" in done.stdout
+    tried = ["-m", "hal.cli", "conformance", str(liar), "--from-model", str(model), "--json"]
+    report = json.loads(run(installed, *tried).stdout)
+    assert report["unsupported"] == report["cases"] == 4
+    assert all("8-bit integers only" in o["reason"] for o in report["outcomes"])
 
 
 @pytest.mark.parametrize(("fault", "words"), [f for f in SURVIVED if f[0].startswith(("a", "p"))])
