@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save_file
 
 import hal
@@ -51,7 +50,7 @@ from hal.runtime.cache_options import CacheOptions, parse_kv_cache
 from hal.runtime.memory import give_back, given_back_when_freed
 from hal.runtime.saved_state import state_digest
 from hal.runtime.session import Session, find_build
-from hal.targets import ResolvedTarget, load_backend, resolve
+from hal.targets import ResolvedTarget, require_usable, resolve
 
 SAMPLES = "samples.safetensors"
 SAMPLE_BYTES = 16 << 20
@@ -361,13 +360,7 @@ def _run_once(graph: Graph, target: ResolvedTarget, step: verification.Step) -> 
 def _reference_of(bundle: Bundle, graph: Graph) -> _Reference:
     if bundle.manifest.samples is None:
         return verification.reference_for(graph)
-    arrays = load_arrays(bundle.files.read(bundle.manifest.samples))
-    steps: list[dict[str, np.ndarray]] = []
-    for key in sorted(arrays):
-        index, _, name = key.partition("/")
-        while len(steps) <= int(index):
-            steps.append({})
-        steps[int(index)][name] = arrays[key]
+    steps = bundle.samples()
     return verification.Reference(tuple(steps), tuple(verification.run_reference(graph, steps)))
 
 
@@ -489,10 +482,5 @@ def check_options(
         raise TargetError("no target is given", "use target='host'")
     targets = [resolve(name) for name in dict.fromkeys(names)]
     for item in targets:
-        probe = load_backend(item.backend).probe()
-        if probe.status == "absent":
-            raise TargetError(
-                f"target {item.name!r} cannot be built here: {probe.reason}",
-                f"pip install 'hal-compiler[{item.backend}]', or choose another route",
-            )
+        require_usable(item)
     return targets

@@ -20,8 +20,8 @@ The text of an error is one sentence that names the thing and the place; ``hint`
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 
 class HalError(Exception):
@@ -85,6 +85,8 @@ class CheckFailed(HalError):  # noqa: N818  (reads as the sentence it is)
     """A verification, budget or conformance check did not hold."""
 
     exit_code: ClassVar[int] = 1
+    figures: Mapping[str, Any] | None = None
+    """What was measured, where a verification failed (see :mod:`hal.runtime.verification`)."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -12,11 +12,17 @@ from typing import TYPE_CHECKING, Any
 from hal.targets.backends import (
     BackendInfo,
     backend_digest,
+    blamed,
+    blaming,
     check_routes,
     code_digest,
+    foreign,
+    is_foreign,
     list_backends,
     load_backend,
+    require_usable,
 )
+from hal.targets.guarded import guarded
 from hal.targets.registry import (
     Registry,
     ResolvedTarget,
@@ -62,11 +68,17 @@ __all__ = [
     "Verdict",
     "WeightStore",
     "backend_digest",
+    "blamed",
+    "blaming",
     "check_routes",
     "code_digest",
+    "foreign",
+    "guarded",
+    "is_foreign",
     "list_backends",
     "list_targets",
     "load_backend",
+    "require_usable",
     "resolve",
 ]
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib
 import importlib.metadata
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hal.errors import DescriptorError, TargetError, did_you_mean
+from hal.errors import DescriptorError, HalError, TargetError, did_you_mean
 
 if TYPE_CHECKING:
     from hal.descriptor import Descriptor
-    from hal.targets.backend import Backend
+    from hal.targets.backend import Backend, Probe
+    from hal.targets.registry import ResolvedTarget
 
 BACKENDS_GROUP = "hal.backends"
 
@@ -28,6 +31,10 @@ class BackendInfo:
     origin: str
     status: str
     reason: str = ""
+
+
+Around = Callable[[Callable[[], BackendInfo], str], BackendInfo]
+"""Runs a question to a backend, whose name for errors comes second, where it can do no harm."""
 
 
 def load_backend(name: str) -> Backend:
@@ -100,17 +107,100 @@ def backend_digest(backend: Backend) -> str:
     return digest.hexdigest()[:16] if folders else ""
 
 
-def list_backends() -> list[BackendInfo]:
-    """Every backend that a package provides, and whether it can run here. Never raises."""
+def list_backends(around: Around | None = None) -> list[BackendInfo]:
+    """Every backend that a package provides, and whether it can run here. Never raises.
+
+    ``around`` is called with those of other packages, and may ask them in another process.
+    """
     infos = []
     for point in importlib.metadata.entry_points(group=BACKENDS_GROUP):
+        origin = _origin(point)
+
+        def ask(name: str = point.name, origin: str = origin) -> BackendInfo:
+            probe = probed(name)
+            return BackendInfo(name, origin, probe.status, probe.reason)
+
         try:
-            probe = load_backend(point.name).probe()
-            info = BackendInfo(point.name, _origin(point), probe.status, probe.reason)
+            own = around is None or _is_own(point)
+            info = ask() if own or around is None else around(ask, blamed(point.name))
         except Exception as error:  # noqa: BLE001 - reported; the others still count
-            info = BackendInfo(point.name, _origin(point), "broken", str(error))
+            info = BackendInfo(point.name, origin, "broken", _line(error))
         infos.append(info)
     return sorted(set(infos), key=lambda info: info.name)
+
+
+def probed(name: str) -> Probe:
+    """What the backend ``name`` says about this machine.
+
+    Raises:
+        TargetError: it cannot be loaded, or its probe fails.
+    """
+    backend = load_backend(name)
+    with blaming(backend, "asked whether it can run here"):
+        return backend.probe()
+
+
+def require_usable(target: ResolvedTarget) -> None:
+    """Ask the backend of a target, or those of its stages, whether they can run here.
+
+    Raises:
+        TargetError: one cannot.
+    """
+    for item in target.stages or (target,):
+        probe = probed(item.backend)
+        if probe.status == "absent":
+            raise TargetError(
+                f"target {item.name!r} cannot be built here: {probe.reason}",
+                f"pip install 'hal-compiler[{item.backend}]', or choose another route",
+            )
+
+
+def foreign(targets: Iterable[ResolvedTarget]) -> list[str]:
+    """The backends of these targets that come from other packages, as errors name them."""
+    parts = [part for target in targets for part in target.stages or (target,)]
+    points = importlib.metadata.entry_points(group=BACKENDS_GROUP)
+    others = {point.name for point in points if not _is_own(point)}
+    return [blamed(n) for n in dict.fromkeys(part.backend for part in parts) if n in others]
+
+
+def blamed(name: str) -> str:
+    """``backend 'npu' of npu-kit 1.0``: a backend and the package that it comes from."""
+    points = importlib.metadata.entry_points(group=BACKENDS_GROUP)
+    origins = dict.fromkeys(_origin(point) for point in points if point.name == name)
+    return f"backend {name!r}" + (f" of {' and '.join(origins)}" if origins else "")
+
+
+@contextlib.contextmanager
+def blaming(backend: Backend, doing: str) -> Iterator[None]:
+    """Let errors of another package's backend be told as its own, not as errors of hal.
+
+    Raises:
+        TargetError: the code within the block raised something else than an error of hal.
+    """
+    try:
+        yield
+    except HalError:
+        raise
+    except Exception as error:
+        if not is_foreign(backend):
+            raise
+        raise TargetError(
+            f"{blamed(backend.name)} failed when {doing}: {type(error).__name__}: {_line(error)}",
+            "this is a fault of that software: report it to its maker",
+        ) from error
+
+
+def is_foreign(backend: Backend) -> bool:
+    """Whether a backend is another package's."""
+    return type(backend).__module__.partition(".")[0] != "hal"
+
+
+def _is_own(point: importlib.metadata.EntryPoint) -> bool:
+    return point.value.startswith("hal.")
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
 
 
 def _instance(backend_class: object, name: str, origin: str) -> Backend:

@@ -26,6 +26,7 @@ LAYERS = {
     "hal.compiler": "compiler",
     "hal.quantization": "compiler",
     "hal.conformance": "conformance",
+    "hal.pytest_plugin": "pytest_plugin",
     "hal.server": "server",
     "hal.cli": "cli",
     "hal": "facade",
@@ -42,7 +43,8 @@ MAY_IMPORT = {
     "runtime": {"ir", "descriptor", "targets"},
     "compiler": {"ir", "descriptor", "frontends", "passes", "targets", "runtime"},
     "server": {"runtime"},
-    "conformance": {"ir", "facade"},
+    "conformance": {"ir", "frontends", "passes", "targets", "runtime", "facade"},
+    "pytest_plugin": {"targets", "conformance", "facade"},
     "cli": {
         "ir",
         "descriptor",

@@ -26,7 +26,16 @@ from hal.ir import Graph
 from hal.ir.cache_plan import FIXED_KEY, PLAN_KEY
 from hal.ir.picks import PICK
 from hal.runtime.cache import cache_folder, entry_writer
-from hal.targets import ResolvedTarget, backend_digest, code_digest, load_backend, partition
+from hal.targets import (
+    ResolvedTarget,
+    backend_digest,
+    blamed,
+    blaming,
+    code_digest,
+    is_foreign,
+    load_backend,
+    partition,
+)
 from hal.targets.backend import Backend, BuildContext
 
 FALLBACK_BACKEND = "onnxruntime"
@@ -173,10 +182,12 @@ def _build(
     toolchain: dict[str, str],
     fallback: bool,
 ) -> BuildRecord:
-    legal = backend.legalize(graph.clone(), target.descriptor)
+    with blaming(backend, "legalizing"):
+        legal = backend.legalize(graph.clone(), target.descriptor)
     # As initializers, constants are copied into every segment that uses them.
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(legal.model)
-    verdicts = {n: backend.supports(n, target.descriptor) for n in legal.graph}
+    with blaming(backend, "asked for its nodes"):
+        verdicts = {n: backend.supports(n, target.descriptor) for n in legal.graph}
     other = FALLBACK_BACKEND if fallback and backend.name != FALLBACK_BACKEND else None
     plan = partition.plan(
         legal,
@@ -207,9 +218,12 @@ def _build(
         place = folder / f"{index:02d}-{owner.name}"
         place.mkdir()
         try:
-            built = owner.build(part, BuildContext(target.descriptor, place, root))
+            with blaming(owner, "building"):
+                built = owner.build(part, BuildContext(target.descriptor, place, root))
         except UnsupportedError as error:
-            raise BuildError(error.message, error.hint) from error
+            who = f"{blamed(owner.name)} claimed what it cannot build: "
+            message = f"{who if is_foreign(owner) else ''}{error.message}"
+            raise BuildError(message, error.hint) from error
         segments.append(
             {
                 "backend": owner.name,

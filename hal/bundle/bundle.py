@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
+from safetensors.numpy import load as load_arrays
 
 from hal.bundle.files import BundleFiles, checked_path
 from hal.bundle.manifest import GRAPH, Manifest, read_manifest
@@ -51,6 +52,19 @@ class Bundle:
             BundleError: ``graph.onnx`` cannot be parsed, or refers to files outside the bundle.
         """
         return load_graph(self.files)
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Inputs of the calls that the bundle was verified with; none where none are stored."""
+        steps: list[dict[str, Any]] = []
+        if self.manifest.samples is None:
+            return steps
+        arrays = load_arrays(self.files.read(self.manifest.samples))
+        for key in sorted(arrays):
+            index, _, name = key.partition("/")
+            while len(steps) <= int(index):
+                steps.append({})
+            steps[int(index)][name] = arrays[key]
+        return steps
 
     def session(
         self,

@@ -12,7 +12,7 @@ from hal.bundle.bundle import Bundle, load
 from hal.bundle.files import BundleFiles, checked_path, pack
 from hal.bundle.manifest import MANIFEST, Manifest
 from hal.errors import BundleError
-from hal.runtime.cache import scratch_folder
+from hal.runtime.cache import removing_abandoned, scratch_folder
 
 
 @contextlib.contextmanager
@@ -42,10 +42,19 @@ def bundle_writer(output: str | Path | None) -> Iterator[tuple[Path, Callable[[P
             raise BundleError(
                 f"{goal} exists and is not a bundle", "choose another output name, or remove it"
             )
-        with scratch_folder(goal.parent, f".{goal.name}.tmp-") as scratch_path:
+        with scratch_folder(goal.parent, _prefix(goal)) as scratch_path:
             folder = scratch_path / "bundle"
             folder.mkdir()
             yield folder, lambda path: _publish(path, goal)
+
+
+def without_leftovers(output: Path) -> contextlib.AbstractContextManager[None]:
+    """A block after which nothing half-written lies beside ``output``, even if a writer died."""
+    return removing_abandoned(output.parent, _prefix(output))
+
+
+def _prefix(goal: Path) -> str:
+    return f".{goal.name}.tmp-"
 
 
 def _is_bundle_file(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +50,17 @@ KvCache = Annotated[
 NoFallback = Annotated[
     bool,
     typer.Option("--no-fallback", help="Fail, with the list, if the target refuses any node."),
+]
+
+
+Limit = Annotated[
+    float | None,
+    typer.Option(
+        "--limit",
+        min=0.1,
+        metavar="SECONDS",
+        help="Give up after this long; for software of vendors that hangs.",
+    ),
 ]
 
 
@@ -117,6 +129,7 @@ def compile_command(
     explain: Explain = False,
     no_verify: NoVerify = False,
     no_fallback: NoFallback = False,
+    limit: Limit = None,
     json: Json = False,
 ) -> None:
     """Compile a model into a bundle for one or more targets."""
@@ -130,27 +143,32 @@ def compile_command(
         free.setdefault(name, {}).update(axes)
     import hal
 
-    start = time.perf_counter()
-    with progress(quiet=json) as say:
-        bundle = hal.compile(
-            model,
-            example_inputs(specs) if specs else None,
-            target=target or ["host"],
-            output=output,
-            dynamic=free or None,
-            dims=parse_dims(dim or []),
-            quantize=quantize,
-            calibration=calibration,
-            accuracy_budget=accuracy_budget,
-            size_budget=size_budget,
-            kv_cache="auto" if kv_cache is None else kv_cache,
-            verify=not no_verify,
-            fallback=not no_fallback,
-            progress=say,
-        )
-    if save_plan is not None:
-        save_plan.write_text(_plan_text(bundle), encoding="utf-8")
-    _print_result(bundle, time.perf_counter() - start, explain, json)
+    targets = target or ["host"]
+
+    def work(report: Callable[[str], None]) -> None:
+        start = time.perf_counter()
+        with progress(quiet=json) as say:
+            bundle = hal.compile(
+                model,
+                example_inputs(specs) if specs else None,
+                target=targets,
+                output=output,
+                dynamic=free or None,
+                dims=parse_dims(dim or []),
+                quantize=quantize,
+                calibration=calibration,
+                accuracy_budget=accuracy_budget,
+                size_budget=size_budget,
+                kv_cache="auto" if kv_cache is None else kv_cache,
+                verify=not no_verify,
+                fallback=not no_fallback,
+                progress=_both(report, say),
+            )
+        if save_plan is not None:
+            save_plan.write_text(_plan_text(bundle), encoding="utf-8")
+        _print_result(bundle, time.perf_counter() - start, explain, json)
+
+    _survived(targets, output, limit, work)
 
 
 def retarget_command(
@@ -163,21 +181,57 @@ def retarget_command(
     kv_cache: KvCache = None,
     no_verify: NoVerify = False,
     no_fallback: NoFallback = False,
+    limit: Limit = None,
     json: Json = False,
 ) -> None:
     """Build a bundle for other targets, without the original model and without torch."""
     source = open_bundle(bundle)
-    start = time.perf_counter()
-    with progress(quiet=json) as say:
-        say(f"building for {', '.join(target)}")
-        result = source.retarget(
-            target,
-            output,
-            kv_cache=kv_cache,
-            verify=not no_verify,
-            fallback=not no_fallback,
-        )
-    _print_result(result, time.perf_counter() - start, False, json)
+
+    def work(report: Callable[[str], None]) -> None:
+        start = time.perf_counter()
+        with progress(quiet=json) as say:
+            say(f"building for {', '.join(target)}")
+            report(f"building for {', '.join(target)}")
+            result = source.retarget(
+                target,
+                output,
+                kv_cache=kv_cache,
+                verify=not no_verify,
+                fallback=not no_fallback,
+            )
+        _print_result(result, time.perf_counter() - start, False, json)
+
+    _survived(target, output, limit, work)
+
+
+def _both(report: Callable[[str], None], say: Callable[[str], None]) -> Callable[[str], None]:
+    def told(sentence: str) -> None:
+        report(sentence)
+        say(sentence)
+
+    return told
+
+
+def _survived(
+    targets: Sequence[str],
+    output: Path,
+    limit: float | None,
+    work: Callable[[Callable[[str], None]], None],
+) -> None:
+    """Do the work; in a process of its own if software of others has a part in it.
+
+    Raises:
+        TargetError: that software ended the process, or took longer than ``limit`` seconds.
+    """
+    from hal.bundle.output import without_leftovers
+    from hal.targets import foreign, guarded, resolve
+
+    others = foreign([resolve(name) for name in targets])
+    if not others and limit is None:
+        work(lambda _: None)
+        return
+    with without_leftovers(output):
+        guarded(work, " or ".join(others) or "the compilation", limit)
 
 
 def _print_result(bundle: Bundle, seconds: float, explain: bool, as_json: bool) -> None:

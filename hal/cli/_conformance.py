@@ -1,24 +1,21 @@
-"""``hal conformance``: a target against ONNX's test-suite and small models."""
+"""``hal conformance``: a target against ONNX's test-suite, small models, or the ops of a model."""
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hal.cli._options import Json
+from hal.cli._options import Json, parse_dims
 from hal.cli._output import print_json, print_line, print_table
-from hal.errors import CheckFailed, InputError, did_you_mean
+from hal.errors import CheckFailed, InputError
 
 if TYPE_CHECKING:
-    from hal.conformance import Case, ModelCase, Outcome
+    from hal.conformance import Outcome, Selection
 
 EXAMPLE = "Example: hal conformance my-chip --op Conv,MatMul --html report.html"
 _REASONS = 25
@@ -32,6 +29,23 @@ def conformance_command(
     models: Annotated[
         bool, typer.Option("--models", help="Small models of each family, instead of single ops.")
     ] = False,
+    from_model: Annotated[
+        str | None,
+        typer.Option(
+            "--from-model",
+            metavar="MODEL",
+            help="The ops of this bundle or model, as they are in it, instead.",
+        ),
+    ] = None,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dim",
+            metavar="NAME=N",
+            help="Extent of a dynamic dim of that model; default: what its stored inputs have, "
+            "else 2 for batch, 5 for sequence, 3 for others; repeatable.",
+        ),
+    ] = None,
     host: Annotated[
         bool, typer.Option("--fallback", help="Let the host run what the target refuses.")
     ] = False,
@@ -44,36 +58,51 @@ def conformance_command(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Run ONNX's test-suite, or small models, through a target.
+    """Run ONNX's test-suite, small models, or the ops of a model, through a target.
 
     Each case runs in a process with a time limit. Exit code 1 if a case gives wrong values or
     fails after it was claimed; a refusal with a reason is no failure.
     """
     import hal
-    from hal.conformance import model_cases, page, run_suite, summary
-    from hal.targets import resolve
+    from hal.conformance import FAILURES, fresh_cache, page, run_suite, select, summary
+    from hal.targets import foreign, guarded, require_usable, resolve
 
     if html is not None and not html.parent.is_dir():
         raise InputError(f"--html {html}: there is no such folder", "make it first")
-    name = resolve(target).name
-    if models and op:
-        raise InputError("--op picks cases of single ops, and --models has none", "give one")
-    cases: Sequence[Case | ModelCase] = model_cases() if models else _node_cases(op)
-    with _fresh_cache():
+    found = resolve(target)
+    name = found.name
+    # In a process of its own, so that nothing of the target's software is in those of the cases.
+    guarded(lambda _: require_usable(found), " or ".join(foreign([found])) or name, limit)
+    chosen = select(
+        target,
+        ops=None if op is None else op.split(","),
+        models=models,
+        from_model=from_model,
+        dims=parse_dims(dim or []),
+        fallback=host,
+    )
+    with fresh_cache():
         running = run_suite(
-            cases, target, fallback=host or models, native=False, jobs=jobs, limit=limit
+            chosen.cases, target, fallback=chosen.fallback, native=False, jobs=jobs, limit=limit
         )
-        outcomes = sorted(_watched(running, len(cases), json), key=lambda o: o.name)
+        outcomes = sorted(_watched(running, len(chosen.cases), json), key=lambda o: o.name)
     figures = summary(outcomes)
     if html is not None:
-        html.write_text(page(name, hal.__version__, outcomes), encoding="utf-8")
+        html.write_text(page(name, hal.__version__, outcomes, chosen), encoding="utf-8")
     if json:
         print_json(
-            {"target": name, **figures, "outcomes": [dataclasses.asdict(o) for o in outcomes]}
+            {
+                "target": name,
+                "cases_from": chosen.title,
+                "dims": [dataclasses.asdict(d) for d in chosen.dims],
+                "left_out": chosen.left_out,
+                **figures,
+                "outcomes": [dataclasses.asdict(o) for o in outcomes],
+            }
         )
     else:
-        _print(name, outcomes, figures, models)
-    bad = [o for o in outcomes if o.status in ("wrong", "error")]
+        _print(name, outcomes, figures, chosen)
+    bad = [o for o in outcomes if o.status in FAILURES]
     if bad:
         first = bad[0]
         raise CheckFailed(
@@ -81,34 +110,6 @@ def conformance_command(
             f"{first.status}, {first.reason[:200]}",
             "a target passes when what it claims is right; let it refuse the rest with a reason",
         )
-
-
-@contextlib.contextmanager
-def _fresh_cache() -> Iterator[None]:
-    """A cache of its own for the block: builds by other code are not ours."""
-    before = os.environ.get("HAL_CACHE")
-    with tempfile.TemporaryDirectory(prefix="conformance-") as folder:
-        os.environ["HAL_CACHE"] = folder
-        try:
-            yield
-        finally:
-            del os.environ["HAL_CACHE"]
-            if before is not None:
-                os.environ["HAL_CACHE"] = before
-
-
-def _node_cases(ops: str | None) -> list[Case]:
-    from hal.conformance import node_cases
-
-    cases = node_cases()
-    if ops is None:
-        return cases
-    wanted = [name.strip() for name in ops.split(",") if name.strip()]
-    known = {case.op for case in cases}
-    for name in wanted:
-        if name not in known:
-            raise InputError(f"no case is about the op {name!r}", did_you_mean(name, known))
-    return [case for case in cases if case.op in wanted]
 
 
 def _watched(running: Any, total: int, quiet: bool) -> Any:
@@ -120,25 +121,29 @@ def _watched(running: Any, total: int, quiet: bool) -> Any:
     )
 
 
-def _print(name: str, outcomes: Sequence[Outcome], figures: dict[str, Any], models: bool) -> None:
+def _print(
+    name: str, outcomes: Sequence[Outcome], figures: dict[str, Any], chosen: Selection
+) -> None:
     from hal.conformance import STATUSES
 
-    if models:
+    for note in chosen.notes():
+        print_line(note)
+    if chosen.compared:
         rows = [
             (
                 o.name,
                 o.status,
                 "" if o.max_error is None else f"{o.max_error:.2g}",
                 "" if o.share is None else f"{o.share:.0%}",
-                o.reason,
+                o.reason[:150] or o.about,
             )
             for o in outcomes
         ]
-        print_table(f"models on {name}", ("model", "status", "max error", "share", ""), rows)
+        print_table(f"{chosen.title} on {name}", ("case", "status", "max error", "share", ""), rows)
     else:
         ops = figures["per_op"].items()
         print_table(
-            f"ONNX's test-suite on {name}",
+            f"{chosen.title} on {name}",
             ("op", *STATUSES),
             [(op, *(str(counts.get(s, "")) for s in STATUSES)) for op, counts in ops],
         )

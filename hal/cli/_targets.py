@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,10 @@ from hal.cli._output import (
 
 if TYPE_CHECKING:
     from hal.descriptor import Descriptor, Quantity
+    from hal.targets import BackendInfo
+
+_PROBE_SECONDS = 30.0
+"""What a backend of another package may take to say whether it can run here."""
 
 Name = Annotated[
     str, typer.Argument(metavar="TARGET", help="A name, NAME:ROUTE, or the path of a .toml file.")
@@ -54,7 +59,7 @@ def list_command(
     from hal.targets import list_backends, list_targets
 
     infos = list_targets()
-    backends = list_backends() if probe else []
+    backends = list_backends(_asked_apart) if probe else []
     if json:
         print_json(
             {
@@ -83,15 +88,26 @@ def list_command(
         )
 
 
+def _asked_apart(ask: Callable[[], BackendInfo], blamed: str) -> BackendInfo:
+    from hal.targets import guarded
+
+    return guarded(lambda _: ask(), blamed, _PROBE_SECONDS)
+
+
 def show_command(target: Name, json: Json = False) -> None:
-    """Show a target's complete descriptor, every figure with its source."""
+    """Show a target's complete descriptor, every figure with its source, and what looks wrong."""
     from hal.targets import resolve
+    from hal.targets.doubts import doubts
 
     found = resolve(target)
+    warnings = doubts(found.descriptor)
     if json:
-        print_json({"target": found.name, "descriptor": found.descriptor.to_dict()})
+        described = found.descriptor.to_dict()
+        print_json({"target": found.name, "descriptor": described, "warnings": warnings})
         return
     _print_descriptor(found.descriptor)
+    for warning in warnings:
+        print_line(f"warning: {warning}")
 
 
 def validate_command(
@@ -100,22 +116,27 @@ def validate_command(
     ],
     json: Json = False,
 ) -> None:
-    """Check descriptor files against the schema, parents and routes included."""
+    """Check descriptor files against the schema, parents and routes included.
+
+    Figures that are possible and look like another one (a link's bandwidth as that of memory, a
+    sparse rate as a dense one) are only warned of.
+    """
     from hal.targets import Registry, check_routes
+    from hal.targets.doubts import doubts
 
     registry = Registry.discover()
-    names = []
+    found: list[tuple[Path, str, list[str]]] = []
     for file in files:
         described = registry.from_file(file)
         check_routes(described, str(file))
-        names.append(described.name)
+        found.append((file, described.name, doubts(described)))
     if json:
-        print_json(
-            {"valid": [{"file": str(f), "name": n} for f, n in zip(files, names, strict=True)]}
-        )
+        print_json({"valid": [{"file": str(f), "name": n, "warnings": w} for f, n, w in found]})
         return
-    for file, name in zip(files, names, strict=True):
+    for file, name, warnings in found:
         print_line(f"{file}: ok, describes {name!r}")
+        for warning in warnings:
+            print_line(f"warning: {file}: {warning}")
 
 
 def setup_command(target: Name, json: Json = False) -> None:

@@ -24,17 +24,15 @@ _IR_VERSION = 10
 class ModelCase:
     """A model as :func:`hal.compile` takes it.
 
-    ``write`` puts it into a folder and says where; ``options`` are further arguments.
+    ``write`` puts it into a folder and says where; ``options`` are further arguments. ``op`` is
+    what the case is about, and ``about`` says more for readers.
     """
 
     name: str
     write: Callable[[Path], Path]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def op(self) -> str:
-        """What stands for it where others have an op."""
-        return "model"
+    op: str = "model"
+    about: str = ""
 
 
 def model_cases() -> list[ModelCase]:

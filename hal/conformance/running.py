@@ -8,6 +8,7 @@ onnxruntime used directly, which tells what hal gets wrong from what the suite i
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
@@ -15,7 +16,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ from onnx.backend.test.runner import Runner
 from hal.conformance.cases import Case
 from hal.conformance.models import ModelCase
 
-PASSED, WRONG, UNSUPPORTED, ERROR = "passed", "wrong", "unsupported", "error"
-STATUSES = (PASSED, WRONG, UNSUPPORTED, ERROR)
+PASSED, WRONG, WRONG_DTYPE, UNSUPPORTED, ERROR = STATUSES = (
+    "passed", "wrong", "wrong dtype", "unsupported", "error"
+)  # fmt: skip
+FAILURES = (WRONG, WRONG_DTYPE, ERROR)
+"""What no target may do: a refusal with a reason is no failure."""
 TIME_LIMIT = 120.0
 
 
@@ -42,8 +46,9 @@ class Outcome:
         reason: why it did not pass.
         native: how it went on onnxruntime alone, where that was asked for.
         seconds: to compile, load and run it.
-        max_error: largest difference from the reference, of models.
-        share: of the nodes, how many the target ran itself, of models.
+        max_error: largest difference from the reference, of models and their ops.
+        share: of the nodes, how many the target ran itself.
+        about: where in a model the op of the case is, and its attributes.
     """
 
     name: str
@@ -54,6 +59,7 @@ class Outcome:
     seconds: float
     max_error: float | None = None
     share: float | None = None
+    about: str = ""
 
 
 def run_case(case: Case | ModelCase, target: str, fallback: bool, native: bool = True) -> Outcome:
@@ -61,47 +67,67 @@ def run_case(case: Case | ModelCase, target: str, fallback: bool, native: bool =
     if isinstance(case, ModelCase):
         return _run_model(case, target, fallback)
     start = time.perf_counter()
-    status, reason = _judge(case, lambda: _hal_runner(case, target, fallback))
+    shares: list[float] = []
+    status, reason = _judge(case, lambda: _hal_runner(case, target, fallback, shares))
     seconds = time.perf_counter() - start
     alone = _judge(case, lambda: _native_runner(case))[0] if native else ""
-    return Outcome(case.name, case.op, status, reason, alone, seconds)
+    share = shares[0] if shares else None
+    return Outcome(case.name, case.op, status, reason, alone, seconds, share=share)
 
 
 def _run_model(case: ModelCase, target: str, fallback: bool) -> Outcome:
     """Compile and verify a model. One of which the host runs every node is unsupported."""
     import hal
-    from hal.errors import CheckFailed
+    from hal.errors import CheckFailed, UnsupportedError
 
     start = time.perf_counter()
-    status, reason, error, share = PASSED, "", None, None
+    status, reason, share = PASSED, "", None
+    outputs: Mapping[str, Any] = {}
     try:
         with tempfile.TemporaryDirectory(prefix="model-") as folder:
             source = case.write(Path(folder))
             bundle = hal.compile(source, target=target, fallback=fallback, **case.options)
             record = next(iter(bundle.manifest.builds.values()))
-        assigned, nodes = record.placement["assigned"], record.placement["nodes"]
-        share = assigned.get(record.backend, 0) / nodes if nodes else 1.0
-        outputs = (record.verification or {}).get("outputs", {})
-        error = max((o["max_error"] for o in outputs.values()), default=None)
+        share = _share(record)
+        figures = record.verification or {}
+        outputs = figures.get("outputs", {})
         if share == 0:
             refused = record.placement["refused"]
             status, reason = UNSUPPORTED, f"takes none of its nodes: {refused[0]['reason']}"
+        elif not figures.get("passed"):
+            status, reason = ERROR, f"not compared: {figures.get('reason')}"
     except CheckFailed as failed:
         status, reason = WRONG, failed.message
+        outputs = (failed.figures or {}).get("outputs", {})
+        if any(o.get("dtype") != o.get("expected_dtype") for o in outputs.values()):
+            status = WRONG_DTYPE
     except Exception as failed:  # noqa: BLE001 - whatever a model raises is its outcome
-        status, reason = _failure(failed)
+        status, reason = _failure(failed, UnsupportedError)
     seconds = time.perf_counter() - start
-    return Outcome(case.name, case.op, status, reason, "", seconds, error, share)
+    errors = [o["max_error"] for o in outputs.values() if o["max_error"] is not None]
+    error = max(errors, default=None)
+    return Outcome(case.name, case.op, status, reason, "", seconds, error, share, case.about)
 
 
-def _failure(error: Exception) -> tuple[str, str]:
-    """A refusal before anything ran is told from what was claimed and then failed."""
+def _share(record: Any) -> float:
+    """Of the nodes of a build, how many its own backend has; all if there are none."""
+    nodes = record.placement["nodes"]
+    return record.placement["assigned"].get(record.backend, 0) / nodes if nodes else 1.0
+
+
+def _failure(error: Exception, refusals: type[Exception] | None = None) -> tuple[str, str]:
+    """A refusal before anything ran is told from what was claimed and then failed.
+
+    ``refusals`` are the errors that count as such: by default all that say what a model has and
+    hal or the target has not.
+    """
     from hal.errors import BuildError, HalError, TargetError
 
     kind = type(error).__name__
     if isinstance(error, HalError):
-        status = ERROR if isinstance(error, (BuildError, TargetError)) else UNSUPPORTED
-        return status, f"{kind}: {error.message}"
+        refused = isinstance(error, refusals or HalError)
+        failed = isinstance(error, (BuildError, TargetError)) or not refused
+        return ERROR if failed else UNSUPPORTED, f"{kind}: {error.message}"
     return ERROR, f"{kind}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
@@ -109,6 +135,8 @@ Runnable = Callable[[list[Any]], list[Any]]
 
 
 def _judge(case: Case, prepare: Callable[[], Runnable]) -> tuple[str, str]:
+    outputs: list[Any] = []
+    wanted: list[Any] = []
     try:
         run = prepare()
         for inputs, expected in case.data():
@@ -116,6 +144,8 @@ def _judge(case: Case, prepare: Callable[[], Runnable]) -> tuple[str, str]:
             wanted = [_array(item) for item in expected]
             Runner.assert_similar_outputs(wanted, outputs, case.rtol, case.atol)
     except AssertionError as error:
+        if (dtypes := _other_dtypes(outputs, wanted)) != "":
+            return WRONG_DTYPE, dtypes
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return WRONG, " ".join(lines[:4])
     except Exception as error:  # noqa: BLE001 - whatever a case raises is its outcome
@@ -123,13 +153,25 @@ def _judge(case: Case, prepare: Callable[[], Runnable]) -> tuple[str, str]:
     return PASSED, ""
 
 
-def _hal_runner(case: Case, target: str, fallback: bool) -> Runnable:
+def _other_dtypes(outputs: Sequence[Any], wanted: Sequence[Any]) -> str:
+    """Which outputs have another dtype than they should, in a sentence, or nothing."""
+    found = [
+        f"output {index} is {np.asarray(output).dtype}, expected {np.asarray(right).dtype}"
+        for index, (output, right) in enumerate(zip(outputs, wanted, strict=False))
+        if isinstance(right, np.ndarray) and np.asarray(output).dtype != right.dtype
+    ]
+    return "; ".join(found)
+
+
+def _hal_runner(case: Case, target: str, fallback: bool, shares: list[float]) -> Runnable:
+    """Build the case; the share of nodes that the target took goes into ``shares``."""
     import hal
 
     with tempfile.TemporaryDirectory(prefix="suite-") as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(case.model.SerializeToString())
         bundle = hal.compile(path, target=target, verify=False, fallback=fallback)
+    shares.append(_share(next(iter(bundle.manifest.builds.values()))))
     session = bundle.session(threads=1)
 
     def run(inputs: list[Any]) -> list[Any]:
@@ -186,6 +228,25 @@ def _array(item: Any) -> Any:
     return item
 
 
+@contextlib.contextmanager
+def fresh_cache() -> Iterator[None]:
+    """A cache of its own for the block: builds by other code are not ours."""
+    with tempfile.TemporaryDirectory(prefix="conformance-") as folder, _cache_in(folder):
+        yield
+
+
+@contextlib.contextmanager
+def _cache_in(folder: str) -> Iterator[None]:
+    before = os.environ.get("HAL_CACHE")
+    os.environ["HAL_CACHE"] = folder
+    try:
+        yield
+    finally:
+        del os.environ["HAL_CACHE"]
+        if before is not None:
+            os.environ["HAL_CACHE"] = before
+
+
 # -- many cases -------------------------------------------------------------------------------
 
 
@@ -228,6 +289,48 @@ def _work(
         except EOFError:
             return
         pipe.send(run_case(cases[index], *arguments))
+
+
+class CaseRunner:
+    """Runs cases one at a time, when they are asked for, in a process that is replaced if it dies.
+
+    Builds go to a cache of its own until :meth:`close`.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case | ModelCase],
+        target: str,
+        *,
+        fallback: bool = False,
+        limit: float = TIME_LIMIT,
+    ) -> None:
+        self._cases, self._limit = cases, limit
+        self._arguments = (target, fallback, False)
+        self._cache = tempfile.TemporaryDirectory(prefix="conformance-")
+        self._worker: _Worker | None = None
+
+    def run(self, index: int) -> Outcome:
+        """How the case of that number goes."""
+        if self._worker is None:
+            with _cache_in(self._cache.name):
+                self._worker = _Worker(self._cases, self._arguments)
+        worker = self._worker
+        worker.give(index, self._limit)
+        while (outcome := _collect(worker, self._cases)) is None:
+            left = worker.deadline - time.monotonic()
+            multiprocessing.connection.wait([worker.pipe], timeout=max(0.0, left))
+        if not worker.process.is_alive():
+            worker.kill()
+            self._worker = None
+        return outcome
+
+    def close(self) -> None:
+        """End the process, and remove what was built."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+        self._cache.cleanup()
 
 
 def run_suite(

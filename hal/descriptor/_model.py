@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -52,6 +53,17 @@ class Power(Model):
     idle: Watts = None
     typical: Watts = None
     maximum: Watts = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Power:
+        known = [(name, figure) for name, figure in self if figure is not None]
+        for (low, less), (high, more) in itertools.pairwise(known):
+            if less.base > more.base:
+                raise ValueError(
+                    f"{low} of {less.value:g} {less.unit} is more than {high} of "
+                    f"{more.value:g} {more.unit}"
+                )
+        return self
 
 
 class Price(Model):

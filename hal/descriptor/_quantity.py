@@ -94,6 +94,17 @@ class Quantity(Model):
         for other in self.alternatives:
             if other.dimension != self.dimension:
                 raise ValueError(f"alternative in {other.unit!r} is not {self.dimension}")
+        if self.basis == "sparse" and not self.dimension.startswith("operations"):
+            raise ValueError(
+                f'basis = "sparse" is for rates of arithmetic, not for {self.dimension}'
+            )
+        for other in self.alternatives:
+            flagged = {self.basis, other.basis} == {"dense", "sparse"}
+            if flagged and self.base == other.base:
+                raise ValueError(
+                    f"{self.value:g} {self.unit} is given as dense and as sparse: "
+                    "with structured zeros a chip is faster, so one of them is wrong"
+                )
         return self
 
     @property
@@ -105,6 +116,21 @@ class Quantity(Model):
     def base(self) -> float:
         """The figure in the base unit of its dimension (bytes, bytes/s, op/s, Hz, W, s, …)."""
         return self.value * UNITS[self.unit][1]
+
+
+class _Positive:
+    """Validator: there is some of it; who does not know how much writes ``"unknown"``."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __call__(self, quantity: Quantity | None) -> Quantity | None:
+        if quantity is not None and 0 in (
+            quantity.value,
+            *(a.value for a in quantity.alternatives),
+        ):
+            raise ValueError(f'{self.what} of 0 is impossible; write "unknown" if nobody knows it')
+        return quantity
 
 
 class _Dimension:
@@ -123,10 +149,16 @@ class _Dimension:
         return quantity
 
 
-Bytes = Annotated[Quantity | None, AfterValidator(_Dimension("bytes")), UNKNOWN]
+Bytes = Annotated[
+    Quantity | None,
+    AfterValidator(_Dimension("bytes")),
+    AfterValidator(_Positive("a capacity")),
+    UNKNOWN,
+]
 Bandwidth = Annotated[
     Quantity | None,
     AfterValidator(_Dimension("bytes per second", "bytes per cycle and core")),
+    AfterValidator(_Positive("a bandwidth")),
     UNKNOWN,
 ]
 Rate = Annotated[
@@ -138,12 +170,21 @@ Rate = Annotated[
             "operations per cycle",
         )
     ),
+    AfterValidator(_Positive("a rate")),
     UNKNOWN,
 ]
 IssueRate = Annotated[
-    Quantity | None, AfterValidator(_Dimension("instructions per cycle")), UNKNOWN
+    Quantity | None,
+    AfterValidator(_Dimension("instructions per cycle")),
+    AfterValidator(_Positive("a rate")),
+    UNKNOWN,
 ]
-Frequency = Annotated[Quantity | None, AfterValidator(_Dimension("frequency")), UNKNOWN]
+Frequency = Annotated[
+    Quantity | None,
+    AfterValidator(_Dimension("frequency")),
+    AfterValidator(_Positive("a frequency")),
+    UNKNOWN,
+]
 Watts = Annotated[Quantity | None, AfterValidator(_Dimension("power")), UNKNOWN]
 Money = Annotated[Quantity | None, AfterValidator(_Dimension("price")), UNKNOWN]
 MoneyPerHour = Annotated[Quantity | None, AfterValidator(_Dimension("price per hour")), UNKNOWN]

@@ -77,6 +77,21 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
             os.close(lock)
 
 
+@contextlib.contextmanager
+def removing_abandoned(parent: Path, prefix: str) -> Iterator[None]:
+    """Remove what writers of the prefix make during the block and leave there, killed."""
+    pattern = glob.escape(prefix) + "*"
+    before = set(parent.glob(pattern))
+    try:
+        yield
+    finally:
+        for path in set(parent.glob(pattern)) - before:
+            lock = _lock(path)
+            if lock is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+
+
 def _lock(folder: Path) -> int | None:
     """An open lock on a folder, released with the process; None where it is taken or unknown."""
     if sys.platform == "win32":

@@ -149,6 +149,8 @@ def compare(name: str, actual: Any, expected: Any, slack: float = 0.0) -> dict[s
             "passed": False,
             "max_error": None,
             "mean_error": None,
+            "dtype": str(actual.dtype),
+            "expected_dtype": str(expected.dtype),
             "reason": f"{actual.dtype}{list(actual.shape)}, "
             f"expected {expected.dtype}{list(expected.shape)}",
         }
@@ -210,10 +212,12 @@ def require(figures: Mapping[str, Any], target: str, diverges: Callable[[], str]
         return
     name, worst = next((n, f) for n, f in figures["outputs"].items() if not f["passed"])
     detail = worst.get("reason") or f"max error {worst['max_error']:.3g} > {worst['tolerance']:.3g}"
-    raise CheckFailed(
+    error = CheckFailed(
         f"verification failed on {target}: output {name!r}: {detail}; {diverges()}",
         "the build is wrong here; use another route, or compile with verify=False (--no-verify)",
     )
+    error.figures = figures
+    raise error
 
 
 def quantized(error: CheckFailed, against: object) -> CheckFailed:

@@ -55,6 +55,45 @@ def problem(extra: dict[str, Any]) -> tuple[str, str]:
             {"memory": [{"level": "hbm"}, {"level": "hbm"}]},
             "chip.toml: memory level 'hbm' is listed twice",
         ),
+        (
+            {"memory": [{"level": "hbm", "bandwidth": figure(0, "GB/s")}]},
+            "chip.toml: memory[0].bandwidth: a bandwidth of 0 is impossible; "
+            'write "unknown" if nobody knows it',
+        ),
+        (
+            {"peak": {"int8": figure(-3, "Top/s")}},
+            "chip.toml: peak.int8.value: must be finite and not negative, got -3.0",
+        ),
+        (
+            {"peak": {"int8": {**figure(0, "Top/s"), "basis": "dense"}}},
+            'chip.toml: peak.int8: a rate of 0 is impossible; write "unknown" if nobody knows it',
+        ),
+        (
+            {"clock": figure(0, "GHz")},
+            'chip.toml: clock: a frequency of 0 is impossible; write "unknown" if nobody knows it',
+        ),
+        (
+            {"memory": [{"level": "hbm", "bandwidth": {**figure(1, "GB/s"), "basis": "sparse"}}]},
+            'chip.toml: memory[0].bandwidth: basis = "sparse" is for rates of arithmetic, '
+            "not for bytes per second",
+        ),
+        (
+            {
+                "peak": {
+                    "int8": {
+                        **figure(624, "Top/s"),
+                        "basis": "dense",
+                        "alternatives": [{**figure(624, "Top/s"), "basis": "sparse"}],
+                    }
+                }
+            },
+            "chip.toml: peak.int8: 624 Top/s is given as dense and as sparse: with structured "
+            "zeros a chip is faster, so one of them is wrong",
+        ),
+        (
+            {"power": {"idle": figure(80, "W"), "maximum": figure(75, "W")}},
+            "chip.toml: power: idle of 80 W is more than maximum of 75 W",
+        ),
         ({"schema": 2}, "chip.toml: schema = 2 is newer than this hal reads (1)"),
     ],
 )

@@ -7,7 +7,8 @@ The convention, so that pages stay plain Markdown:
   written to that file instead;
 * in ``console`` blocks a line ``$ hal …`` runs through the command line; the lines below it must
   occur in what it prints, spaces apart, ``…`` standing for anything; of ``$ hal serve`` only the
-  options are checked; ``$ make …`` must name a target
+  options are checked; ``$ pytest …`` runs in a process of its own, where the folder can be imported
+  from; ``$ make …`` must name a target
   of the Makefile, ``$ pip install …`` extras that exist, ``$ python FILE`` a file of the repository;
 * ``<!-- setup`` … ``-->`` is Python that a reader does not need to see;
 * blocks of other languages are for reading.
@@ -18,8 +19,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,6 +116,14 @@ def _run_command(place: str, command: str, shown: list[str]) -> None:
             _require_options(place, words[1], words[2:])
         case "hal":
             _run_hal(place, words[1:], shown)
+        case "pytest":
+            environment = {**os.environ, "PYTHONPATH": "."}
+            words = [sys.executable, "-m", *words, "-p", "no:cacheprovider"]
+            done = subprocess.run(
+                words, capture_output=True, text=True, env=environment, check=False
+            )
+            assert done.returncode == 0, f"{place}: {done.stdout}{done.stderr}"
+            _require_shown(place, done.stdout, shown)
         case "make":
             targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
             named = {word for word in words[1:] if "=" not in word}
@@ -150,6 +162,10 @@ def _run_hal(place: str, arguments: list[str], shown: list[str]) -> None:
     printed = out.getvalue() + err.getvalue()
     wrong = any(line.startswith("error:") for line in shown)
     assert (code != 0) == wrong, f"{place}: exit code {code}\n{printed}"
+    _require_shown(place, printed, shown)
+
+
+def _require_shown(place: str, printed: str, shown: list[str]) -> None:
     actual = [" ".join(line.split()) for line in printed.splitlines()]
     for line in shown:
         parts = [re.escape(part) for part in " ".join(line.split()).split("…")]

@@ -1,4 +1,8 @@
-"""What the vendor of the invented NPU runs: the contract, what is claimed, what does not fit."""
+"""What the vendor of the invented NPU runs: the contract, and what does not fit.
+
+Whether what is claimed is right, the conformance says, which pytest collects beside these tests
+(see pyproject.toml).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import pytest
 from onnx_ir import tape
 
 import hal
-from hal.conformance import model_cases, node_cases, run_case
+from hal.conformance import model_cases, run_case
 from hal.errors import UnsupportedError
 from hal.targets import check_routes, list_backends, resolve
 
@@ -29,14 +33,6 @@ def test_the_descriptor_is_valid() -> None:
 def test_the_backend_says_that_it_is_a_simulator() -> None:
     (mine,) = (b for b in list_backends() if b.name == "tiny_npu")
     assert mine.status == "simulator"
-
-
-@pytest.mark.parametrize(
-    "case", node_cases(["quantizelinear", "dequantizelinear", "relu"]), ids=lambda c: c.name
-)
-def test_what_is_claimed_is_right(case: object) -> None:
-    outcome = run_case(case, TARGET, fallback=False, native=False)
-    assert outcome.status in ("passed", "unsupported"), outcome.reason
 
 
 def test_an_8_bit_network_runs_on_the_chip() -> None:

@@ -29,7 +29,8 @@ AFTER = frozenset(
 """Ops that work on what a product has summed up, or on an 8-bit tensor."""
 
 FAULT = os.environ.get("TINY_NPU_FAULT", "")
-"""For tests: ``probe``, ``api``, ``lie``, ``crash`` or ``hang`` makes the software misbehave."""
+"""For tests, how the software misbehaves: ``probe`` (raises), ``probe-crash``, ``api``, ``lie``,
+``raise``, ``crash``, ``exit`` or ``hang``."""
 
 
 class TinyNpuBackend(Backend):
@@ -42,6 +43,8 @@ class TinyNpuBackend(Backend):
         """The simulator is part of the package."""
         if FAULT == "probe":
             raise RuntimeError("the driver is in a bad mood")
+        if FAULT == "probe-crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
         return Probe("simulator", "NumPy simulates the chip", {"hal-tiny-npu": "1.0"})
 
     def supports(self, node: ir.Node, descriptor: Any) -> Verdict:
@@ -73,6 +76,10 @@ class TinyNpuBackend(Backend):
             raise UnsupportedError("the compiler of tiny-npu: no such operation", "do not lie")
         if FAULT == "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
+        if FAULT == "exit":
+            os._exit(3)
+        if FAULT == "raise":
+            raise KeyError("no such register")
         if FAULT == "hang":
             time.sleep(3600)
         weights = sum(_weight_bytes(node) for node in graph.graph)
