@@ -33,6 +33,7 @@ TARGETS = (
     "openvino",
     "hexagon-v73",
     "hexagon-v75",
+    "rk3588",
     "webgpu",
     "raspberry-pi-5:c",
     "graviton3:c",
