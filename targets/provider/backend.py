@@ -102,7 +102,7 @@ class ProviderBackend(InOwnEnvironment):
             "offline": options.offline,
         }
         if not options.offline:
-            output.writeas_bytes(data)
+            output.write_bytes(data)
             return record
         with _started(context.descriptor, options) as (worker, _):
             head = {"do": "compile", "weights": str(context.bundle), "output": str(output)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx_ir import tape
 from onnx_ir.passes import common
 
 from hal.errors import UnsupportedError
@@ -26,6 +27,10 @@ def plain(graph: Graph, opset: int) -> Graph:
     Raises:
         UnsupportedError: a node cannot be said in it.
     """
+    graph = graph.clone()
+    for node in list(graph.graph):
+        if node.op_type == "Gelu" and not node.domain:
+            _write_out_gelu(node)
     legal = legalize(graph, kernel_table().until(opset))
     _require_sayable(legal.model, opset)
     _fold(legal.model)
@@ -36,6 +41,29 @@ def plain(graph: Graph, opset: int) -> Graph:
         _spell_out(node, opset)
     infer_types(legal.model)
     return legal
+
+
+def _write_out_gelu(node: ir.Node) -> None:
+    """Write ½ x (1 + erf(x / √2)) in the order that the toolkit knows; ONNX's body has another."""
+    x, result, graph = node.inputs[0], node.outputs[0], node.graph
+    approximated = node.attributes.get_string("approximate", "none") != "none"
+    if x is None or x.dtype != ir.DataType.FLOAT or approximated or not isinstance(graph, ir.Graph):
+        return
+    steps = tape.Tape()
+    name = f"{node.name or result.name}/gelu"
+    root, one, half = (
+        steps.initializer(ir.tensor(np.float32(number), name=f"{name}/{index}"))
+        for index, number in enumerate((2**0.5, 1.0, 0.5))
+    )
+    share = steps.op("Add", [steps.op("Erf", [steps.op("Div", [x, root])]), one])
+    last = steps.op("Mul", [x, steps.op("Mul", [half, share])])
+    for value in steps.initializers:
+        graph.register_initializer(value)
+    for index, step in enumerate(steps.nodes):
+        step.name = f"{name}/{step.op_type}_{index}"
+        step.outputs[0].name = step.name
+        step.outputs[0].type, step.outputs[0].shape = result.type, result.shape
+    ir.convenience.replace_nodes_and_values(graph, node, [node], steps.nodes, [result], [last])
 
 
 def _require_sayable(model: ir.Model, opset: int) -> None:

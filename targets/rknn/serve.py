@@ -35,7 +35,7 @@ class Server:
     """Answers requests for the chip that the first one, ``open``, names."""
 
     def __init__(self) -> None:
-        from rknn.api import RKNN
+        from rknn.api import RKNN  # type: ignore[import-not-found]
 
         self.toolkit = RKNN
         self.platform = ""
@@ -81,8 +81,9 @@ class Server:
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Run the simulator once."""
         # Without a format the toolkit takes images with their channels last.
-        formats = ["nchw" if a.ndim == 4 else None for a in arrays.values()]
-        with serving.printed() as log:
+        formats = ["nchw" if a.ndim == 4 else "undefined" for a in arrays.values()]
+        results = None
+        with serving.printed() as log, contextlib.suppress(Exception):  # it prints the reason, too
             results = self.session.inference(inputs=list(arrays.values()), data_format=formats)
         if results is None or len(results) != len(head["outputs"]):
             raise RuntimeError(told(log[0]))
