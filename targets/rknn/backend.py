@@ -108,6 +108,7 @@ class RknnBackend(InOwnEnvironment):
             "model": MODEL,
             "nodes": graph.node_count(),
             "layers": len(told["layers"]),
+            "layer_dtypes": dict(Counter(dtype.lower() for _, dtype, _, _ in told["layers"])),
             "layers_on_processor": dict(Counter(on_processor(told["layers"]))),
             "inputs": {v.name: v.dtype.name if v.dtype else "" for v in graph.graph.inputs},
             "outputs": names,

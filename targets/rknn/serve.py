@@ -20,8 +20,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "provider"))
 import serving  # type: ignore[import-not-found]
 
-LAYER = re.compile(r"D RKNN: \[[^]]*\]\s+\d+\s+(\w+)\s+\w+\s+(NPU|CPU|GPU)\s.*\s\w+:(\S+)\s*$")
-"""A row of the table: the layer's operator, where it runs, and what it is named after."""
+LAYER = re.compile(r"D RKNN: \[[^]]*\]\s+\d+\s+(\w+)\s+(\w+)\s+(NPU|CPU|GPU)\s.*\s\w+:(\S+)\s*$")
+"""A row of the table: the layer's operator, dtype and place, and what it is named after."""
 BORDERS = ("InputOperator", "OutputOperator")
 LIMIT = 1 << 31
 """Bytes that a file of ONNX without external data may have."""
@@ -50,7 +50,7 @@ class Server:
     def build(self, head: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         """Build a program, written to ``output`` if that is given.
 
-        The answer has ``layers`` (operator, place, what it is named after), or ``refused``.
+        The answer has ``layers`` (operator, dtype, place, what it is named after), or ``refused``.
         """
         try:
             session, layers = self._built(arrays["model"], head["weights"])
@@ -117,7 +117,7 @@ class Server:
         found = [match for line in log[0].splitlines() if (match := LAYER.search(line))]
         if not found:
             raise RuntimeError("the toolkit does not say what runs where")
-        return session, [[m[1], m[2], m[3]] for m in found if m[1] not in BORDERS]
+        return session, [list(m.groups()) for m in found if m[1] not in BORDERS]
 
 
 def write(model: np.ndarray, weights: str, folder: Path) -> Path:

@@ -26,7 +26,10 @@ _CODES = (ir.DataType.INT8, ir.DataType.UINT8)
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the toolkit makes of a graph: layers as (operator, place, named after), or a reason."""
+    """What the toolkit makes of a graph: a program's layers, or why there is none.
+
+    A layer is its operator, dtype, place, and what it is named after.
+    """
 
     layers: Sequence[Sequence[str]] = ()
     refused: str = ""
@@ -69,7 +72,7 @@ def numbered(graph: Graph) -> Graph:
 
 def on_processor(layers: Sequence[Sequence[str]]) -> list[str]:
     """Operators of the layers that the chip does not run."""
-    return [operator for operator, place, _ in layers if place != "NPU"]
+    return [operator for operator, _, place, _ in layers if place != "NPU"]
 
 
 def _refusals(
@@ -95,7 +98,7 @@ def _refusals(
 def _left(segment: Segment, answer: Answer) -> dict[ir.Node, str]:
     """Nodes that the program would run on the processor of the board."""
     found = {}
-    for operator, place, after in answer.layers:
+    for operator, _, place, after in answer.layers:
         number = re.match(r"n(\d+)", after)
         if place != "NPU" and operator not in KEPT and number:
             found[segment.nodes[int(number[1])]] = (
@@ -139,7 +142,7 @@ def _unfit(node: ir.Node) -> str:
         codes = node.op_type in CODED and value.dtype in _CODES
         if value.dtype != ir.DataType.FLOAT and not codes:
             name = value.dtype.name.lower() if value.dtype is not None else "no known type"
-            return f"{value.name!r} is {name}, and the NPU would hold it in float16"
+            return f"{value.name!r} is {name}, and programs of the NPU take float32 (as float16)"
     return ""
 
 

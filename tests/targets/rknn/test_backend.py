@@ -111,6 +111,7 @@ def test_the_bundle_holds_the_program_and_the_simulator_runs_its_model(
     record, folder = build.segments[0]["record"], build.segments[0]["folder"]
     assert bytes(bundle.files.mapped(f"{folder}/{record['program']}")).startswith(b"RKNN")
     assert (record["layers"], record["layers_on_processor"]) == (2, {})
+    assert record["layer_dtypes"] == {"float16": 2}
     x = np.array([[1 / 3, -1, 2, 5]] * 2, np.float32)
     result = np.asarray(bundle.session()(x))
     narrow = np.maximum(x.astype(np.float16).astype(np.float32).mean(1), 0)

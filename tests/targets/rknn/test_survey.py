@@ -31,7 +31,9 @@ class _Toolkit:
         if self.refuses(ops):
             return Answer(refused="no")
         place = {op: "CPU" if op in self.processor else "NPU" for op in ops}
-        return Answer([(n.op_type, place[n.op_type], f"{n.name}#2") for n in graph.graph])
+        return Answer(
+            [(n.op_type, "FLOAT16", place[n.op_type], f"{n.name}#2") for n in graph.graph]
+        )
 
 
 def refused(graph: Graph, ask: _Toolkit) -> dict[str, str]:
@@ -73,7 +75,7 @@ def test_integers_do_not_go_to_the_npu() -> None:
     rows = toy("Gather", np.ones((9, 4), np.float32), toy.x)
     toy.output(toy("Relu", rows), "y")
     reasons = refused(plain(toy.graph(), 19), toolkit())
-    assert reasons == {"Gather": "'x' is int64, and the NPU would hold it in float16"}
+    assert reasons == {"Gather": "'x' is int64, and programs of the NPU take float32 (as float16)"}
 
 
 def test_shapes_that_depend_on_values_do_not_go_to_the_npu() -> None:
