@@ -82,11 +82,14 @@ class Server:
         """Run the simulator once."""
         # Without a format the toolkit takes images with their channels last.
         formats = ["nchw" if a.ndim == 4 else "undefined" for a in arrays.values()]
-        results = None
-        with serving.printed() as log, contextlib.suppress(Exception):  # it prints the reason, too
-            results = self.session.inference(inputs=list(arrays.values()), data_format=formats)
+        results, failure = None, ""
+        with serving.printed() as log:
+            try:
+                results = self.session.inference(inputs=list(arrays.values()), data_format=formats)
+            except Exception as error:  # noqa: BLE001 - the toolkit raises what it likes
+                failure = last_line(str(error))
         if results is None or len(results) != len(head["outputs"]):
-            raise RuntimeError(told(log[0]))
+            raise RuntimeError(failure or told(log[0]))
         for name, array, shape in zip(head["outputs"], results, self.shapes, strict=True):
             if list(array.shape) != shape:
                 raise RuntimeError(f"output {name!r} came as {list(array.shape)}, not {shape}")
