@@ -23,8 +23,6 @@ import serving  # type: ignore[import-not-found]
 LAYER = re.compile(r"D RKNN: \[[^]]*\]\s+\d+\s+(\w+)\s+(\w+)\s+(NPU|CPU|GPU)\s.*\s\w+:(\S+)\s*$")
 """A row of the table: the layer's operator, dtype and place, and what it is named after."""
 BORDERS = ("InputOperator", "OutputOperator")
-LIMIT = 1 << 31
-"""Bytes that a file of ONNX without external data may have."""
 
 
 class Refused(Exception):  # noqa: N818 - an answer and no error
@@ -124,13 +122,13 @@ class Server:
 
 
 def write(model: np.ndarray, weights: str, folder: Path) -> Path:
-    """Put a model with its weights into a folder, in one file if that can be."""
+    """Put a model with its weights into a folder, in one file."""
     import onnx
 
     proto = onnx.load_model_from_string(model.tobytes())
     onnx.load_external_data_for_model(proto, weights)
     path = folder / "model.onnx"
-    onnx.save(proto, str(path), save_as_external_data=proto.ByteSize() >= LIMIT)
+    onnx.save(proto, str(path))
     return path
 
 
