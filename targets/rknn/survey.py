@@ -139,6 +139,8 @@ def _unfit(node: ir.Node) -> str:
             continue
         if value.shape is None or not value.shape.is_static():
             return f"the shape of {value.name!r} is known only when it runs"
+        if value in values and not value.shape:
+            return f"{value.name!r} is a scalar, which the simulator does not take"
         codes = node.op_type in CODED and value.dtype in _CODES
         if value.dtype != ir.DataType.FLOAT and not codes:
             name = value.dtype.name.lower() if value.dtype is not None else "no known type"

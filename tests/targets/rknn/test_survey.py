@@ -78,6 +78,13 @@ def test_integers_do_not_go_to_the_npu() -> None:
     assert reasons == {"Gather": "'x' is int64, and programs of the NPU take float32 (as float16)"}
 
 
+def test_scalars_do_not_enter_programs() -> None:
+    toy = Toy(x=[2, 4], s=[])
+    toy.output(toy("Mul", toy("Relu", toy.x), toy.s), "y")
+    reasons = refused(plain(toy.graph(), 19), toolkit())
+    assert reasons == {"Mul": "'s' is a scalar, which the simulator does not take"}
+
+
 def test_shapes_that_depend_on_values_do_not_go_to_the_npu() -> None:
     toy = Toy(x=[2, 4])
     places = toy("NonZero", toy.x)
