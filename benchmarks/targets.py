@@ -3,7 +3,7 @@
 ::
 
     python benchmarks/targets.py                          # all that can be set up here
-    python benchmarks/targets.py openvino wasm32          # these
+    python benchmarks/targets.py openvino wasm32          # these; rows of the others are kept
 
 Each target is set up (``hal targets setup``) and runs the small models of ``hal conformance``, in
 processes with a time limit. A target that cannot be set up is listed with the reason.
@@ -33,6 +33,7 @@ TARGETS = (
     "openvino",
     "hexagon-v73",
     "hexagon-v75",
+    "rk3588",
     "webgpu",
     "raspberry-pi-5:c",
     "graviton3:c",
@@ -120,6 +121,13 @@ def page(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *reasons]).rstrip() + "\n"
 
 
+def merged(rows: Sequence[dict[str, Any]], kept: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """New rows, and those of an earlier run whose targets were not tried again."""
+    found = {row["target"]: row for row in (*kept, *rows)}
+    order = [*TARGETS, *(name for name in found if name not in TARGETS)]
+    return [found[name] for name in order if name in found]
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
@@ -136,6 +144,8 @@ def main() -> int:
     }  # fmt: skip
     with console.status("starting") as status:
         rows = [tried(target, status.update) for target in options.targets or TARGETS]
+    if options.targets and options.json.exists():
+        rows = merged(rows, json.loads(options.json.read_text())["rows"])
     options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     options.page.write_text(page(rows, facts))
     console.print(f"{options.json}\n{options.page}")

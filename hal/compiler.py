@@ -319,25 +319,27 @@ def _verify_builds(
     job: _Job, folder: Path, manifest: Manifest, graph: Graph, reference: _Reference
 ) -> None:
     bundle = Bundle(BundleFiles.open(folder), manifest)
+    resolved = {target.name: target for target in job.targets}
     for name, record in manifest.builds.items():
         if isinstance(reference, str):
             record.verification = {"passed": None, "reason": reference}
         else:
             job.say(f"verifying {name}")
-            record.verification = _verify_one(bundle, graph, reference, name)
+            record.verification = _verify_one(bundle, graph, reference, resolved.get(name, name))
 
 
 def _verify_one(
-    bundle: Bundle, graph: Graph, reference: verification.Reference, name: str
+    bundle: Bundle, graph: Graph, reference: verification.Reference, target: str | ResolvedTarget
 ) -> dict[str, Any]:
+    name = target if isinstance(target, str) else target.name
     with Session(bundle, name) as session:
         figures = verification.verify_session(session, reference)
 
     def diverges() -> str:
-        target = resolve(name)
+        found = resolve(target) if isinstance(target, str) else target
 
         def run(part: Graph, step: verification.Step) -> dict[str, Any]:
-            return _run_once(part, target, step)
+            return _run_once(part, found, step)
 
         return verification.first_divergence(graph, reference.inputs[0], run)
 

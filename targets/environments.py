@@ -31,6 +31,8 @@ class Environment:
 
     packages: tuple[str, ...] = ()
     debian: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
+    """Packages that ``pip`` installs without what they require."""
 
     @property
     def folder(self) -> Path:
@@ -40,6 +42,8 @@ class Environment:
         home = Path(chosen) if chosen else data / "hal" / "environments"
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         facts = [version, sorted(self.packages), sorted(self.debian)]
+        if self.alone:
+            facts.append(sorted(self.alone))
         return home / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     @property
@@ -55,7 +59,8 @@ class Environment:
     @property
     def made(self) -> bool:
         """Whether it is complete; one of nothing is."""
-        return not (self.packages or self.debian) or (self.folder / "made.json").exists()
+        wanted = self.packages or self.debian or self.alone
+        return not wanted or (self.folder / "made.json").exists()
 
     def require(self, target: str) -> Environment:
         """Itself.
@@ -64,7 +69,7 @@ class Environment:
             TargetError: it is not made yet; the hint says how.
         """
         if not self.made:
-            needed = ", ".join((*self.packages, *self.debian))
+            needed = ", ".join((*self.alone, *self.packages, *self.debian))
             raise TargetError(
                 f"target {target!r} needs {needed} in an environment of its own",
                 f"hal targets setup {target}",
@@ -82,11 +87,14 @@ class Environment:
         # A virtual environment does not survive being renamed: it is made in place, and counts
         # only once the file that says so is there.
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.packages:
+        if self.packages or self.alone:
             say("making a virtual environment")
             _run([sys.executable, "-m", "venv", "--clear", str(self.folder / "venv")])
-            say(f"installing {', '.join(self.packages)}")
-            _run([str(self.python), "-m", "pip", "install", "--quiet", *self.packages])
+        for packages, options in ((self.packages, ()), (self.alone, ("--no-deps",))):
+            if packages:
+                say(f"installing {', '.join(packages)}")
+                pip = [str(self.python), "-m", "pip", "install", "--quiet"]
+                _run([*pip, *options, *packages])
         if self.debian:
             say(f"unpacking {', '.join(self.debian)}")
             self.files.mkdir(exist_ok=True)

@@ -26,6 +26,9 @@ class RouteOptions(BaseModel):
 
     packages: tuple[str, ...] = ()
     """What ``pip`` installs into the environment, versions pinned."""
+    alone: tuple[str, ...] = ()
+    """Packages that ``pip`` installs there without what they require, where that is too old or not
+    needed; what is needed of it is in ``packages``."""
     debian: tuple[str, ...] = ()
     """Debian packages whose files are unpacked there; nothing is installed."""
     seconds: float = Field(default=600.0, gt=0)
@@ -34,7 +37,7 @@ class RouteOptions(BaseModel):
     @property
     def environment(self) -> Environment:
         """Where the packages are, or will be."""
-        return Environment(self.packages, self.debian)
+        return Environment(self.packages, self.debian, self.alone)
 
     @classmethod
     def of_route(cls, route: Route) -> Self:

@@ -81,6 +81,11 @@ class Supervised:
             )
         return answer
 
+    @property
+    def running(self) -> bool:
+        """Whether the process is still there."""
+        return self._process.poll() is None
+
     def close(self) -> None:
         """End the process."""
         self._kill()

@@ -184,7 +184,8 @@ def _choose_version(model: ir.Model, current: int, table: KernelTable) -> int:
         if node.domain == "":
             key = _signature(node)
             nodes[key] = (node, nodes[key][1] + 1 if key in nodes else 1)
-    versions = dict.fromkeys((current, *range(table.newest, OLDEST - 1, -1)))
+    oldest = min(OLDEST, table.newest)
+    versions = dict.fromkeys((current, *range(table.newest, oldest - 1, -1)))
     candidates = [v for v in versions if v <= table.newest]
     best: int = candidates[0]
     best_cost: int | None = None

@@ -15,7 +15,8 @@ import onnx_ir as ir
 from hal.targets.onnxruntime.kernels import parameter_types
 
 OLDEST = 20
-"""Oldest version considered. Newer schemas differ only in what :func:`restate` checks."""
+"""Oldest version considered, unless a runtime reads none so new. Schemas since 19 differ only in
+what :func:`restate` checks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +106,8 @@ def _changed_meaning(node: ir.Node, target: int) -> str:
         return "Attention aligns causal masks differently before opset 24"
     if node.op_type == "GroupNormalization" and target < 21:
         return "GroupNormalization scales groups, not channels, before opset 21"
+    if node.op_type in ("GridSample", "DFT") and target < 20:
+        return f"{node.op_type} has other attributes before opset 20"
     floats = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
     modulo = node.op_type == "Mod" and not node.attributes.get_int("fmod", 0)
     if modulo and target < 28 and node.inputs[0] is not None and node.inputs[0].dtype in floats:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import ml_dtypes  # noqa: F401 - registers the names of small dtypes with NumPy
@@ -34,12 +33,11 @@ from hal.targets.onnxruntime.legalize import legalize
 from hal.targets.onnxruntime.opset import OLDEST
 from hal.targets.onnxruntime.weights import externalize, relocate
 from hal.targets.own_environment import InOwnEnvironment, RouteOptions
+from hal.targets.provider.models import IR_VERSION, as_bytes, name_nodes, stand_alone
 from hal.targets.provider.options import ProviderOptions
-from hal.targets.provider.worker import Worker
+from hal.targets.provider.worker import Remote, Worker
 
 _MODEL = "model.onnx"
-_IR_VERSION = 10
-"""What runtimes of the last two years read."""
 
 
 class ProviderBackend(InOwnEnvironment):
@@ -69,8 +67,8 @@ class ProviderBackend(InOwnEnvironment):
         options = ProviderOptions.of(descriptor)
         with _started(descriptor, options) as (worker, table):
             legal = legalize(graph, table)
-            _name_nodes(legal.model)
-            proto, weights = _stand_alone(legal)
+            name_nodes(legal.model)
+            proto, weights = stand_alone(legal)
             told, _ = worker.ask(
                 {"do": "assign", "weights": weights}, {"model": proto}, limit=options.seconds
             )
@@ -93,7 +91,7 @@ class ProviderBackend(InOwnEnvironment):
         options = ProviderOptions.of(context.descriptor)
         graph = graph.clone()
         externalize(graph, context.folder, context.bundle)
-        graph.model.ir_version = _IR_VERSION
+        graph.model.ir_version = IR_VERSION
         data = ir.to_proto(graph.model).SerializeToString()
         output = context.folder / _MODEL
         record: dict[str, Any] = {
@@ -108,7 +106,7 @@ class ProviderBackend(InOwnEnvironment):
             return record
         with _started(context.descriptor, options) as (worker, _):
             head = {"do": "compile", "weights": str(context.bundle), "output": str(output)}
-            worker.ask(head, {"model": _bytes(data)}, limit=options.seconds)
+            worker.ask(head, {"model": as_bytes(data)}, limit=options.seconds)
         return record
 
     def load(self, record: Mapping[str, Any], context: LoadContext) -> Executable:
@@ -126,31 +124,11 @@ class ProviderBackend(InOwnEnvironment):
             _open(worker, options)
             head = {"do": "load", "weights": str(weights), "threads": context.threads}
             model = data if record["offline"] else proto.SerializeToString()
-            worker.ask(head, {"model": _bytes(model)}, limit=options.seconds)
+            worker.ask(head, {"model": as_bytes(model)}, limit=options.seconds)
         except TargetError:
             worker.close()
             raise
-        return _Remote(worker, record, options.seconds)
-
-
-class _Remote(Executable):
-    """A segment in a worker."""
-
-    def __init__(self, worker: Worker, record: Mapping[str, Any], seconds: float) -> None:
-        self._worker, self._seconds = worker, seconds
-        self._inputs: Mapping[str, str] = record["inputs"]
-        self._outputs: list[str] = list(record["outputs"])
-
-    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Send arrays, wait for arrays."""
-        arrays = {name: np.asarray(inputs[name]) for name in self._inputs}
-        head = {"do": "run", "outputs": self._outputs}
-        _, results = self._worker.ask(head, arrays, limit=self._seconds)
-        return dict(results)
-
-    def close(self) -> None:
-        """End the worker."""
-        self._worker.close()
+        return Remote(worker, record, options.seconds)
 
 
 class _started:  # noqa: N801 - used as a function
@@ -210,36 +188,9 @@ def _probes() -> dict[str, np.ndarray]:
         node.outputs[0].name = "y"
         node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
         graph = ir.Graph([value], node.outputs, nodes=[node], opset_imports={"": opset}, name="g")
-        model = ir.Model(graph, ir_version=_IR_VERSION)
-        models[str(opset)] = _bytes(ir.to_proto(model).SerializeToString())
+        model = ir.Model(graph, ir_version=IR_VERSION)
+        models[str(opset)] = as_bytes(ir.to_proto(model).SerializeToString())
     return models
-
-
-def _name_nodes(model: ir.Model) -> None:
-    """Give every node a name of its own: by it the provider says what it takes."""
-    seen: set[str] = set()
-    for index, node in enumerate(model.graph.all_nodes()):
-        if not node.name or node.name in seen:
-            node.name = f"{node.op_type}_{index}"
-        seen.add(node.name)
-
-
-def _stand_alone(graph: Graph) -> tuple[np.ndarray, str]:
-    """The model as bytes, and the folder that its external weights are relative to."""
-    model = graph.model.clone()
-    model.ir_version = _IR_VERSION
-    folders = {
-        str(v.const_value.base_dir)
-        for v in model.graph.initializers.values()
-        if isinstance(v.const_value, ir.ExternalTensor)
-    }
-    if len(folders) > 1:
-        raise TargetError("weights lie in several folders", "write the bundle again")
-    return _bytes(ir.to_proto(model).SerializeToString()), next(iter(folders), str(Path.cwd()))
-
-
-def _bytes(data: bytes) -> np.ndarray:
-    return np.frombuffer(data, np.uint8)
 
 
 def _dtype(value: ir.Value) -> str:

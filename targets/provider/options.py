@@ -37,4 +37,4 @@ class ProviderOptions(RouteOptions):
     @property
     def environment(self) -> Environment:
         """With NumPy, which the worker itself needs."""
-        return Environment(("numpy", *self.packages), self.debian)
+        return Environment(("numpy", *self.packages), self.debian, self.alone)

@@ -1,26 +1,23 @@
 """The worker's side: holds one session of an ONNX Runtime that has a vendor's execution provider.
 
 It runs as a plain file in an environment of its own, with ONNX Runtime and NumPy and without hal.
-What it is told comes on stdin, what it answers goes to stdout; see ``wire.py``. Everything that
+What it is told comes on stdin, what it answers goes to stdout; see ``wire.py`` and
+``serving.py``. Everything that
 vendors' libraries print goes to stderr.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import os
 import re
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import wire  # type: ignore[import-not-found]
+import serving  # type: ignore[import-not-found]
 
 CPU = "CPUExecutionProvider"
 
@@ -78,7 +75,7 @@ class Server:
         options = self._options(head, alone=False)
         options.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 0
-        with _stderr() as log:
+        with serving.printed() as log:
             self._session(arrays["model"], options)
         text = log[0]
         whole = re.search(r"All nodes placed on \[(\w+)\]", text)
@@ -155,37 +152,5 @@ class Server:
         return session
 
 
-@contextlib.contextmanager
-def _stderr() -> Iterator[list[str]]:
-    """What native code prints to stderr inside the block; there once the block is left."""
-    told: list[str] = []
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield told
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            file.seek(0)
-            told.append(file.read().decode(errors="replace"))
-
-
-def main() -> None:
-    """Serve until the other side closes its end."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    server: Server | None = None
-    while (message := wire.receive(sys.stdin.buffer)) is not None:
-        head, arrays = message
-        try:
-            server = server or Server()
-            result = getattr(server, head["do"])(head, arrays)
-            told, given = result if isinstance(result, tuple) else (result, {})
-        except Exception as error:  # noqa: BLE001 - told to the other side, which has the context
-            told, given = {"error": f"{type(error).__name__}: {error}"}, {}
-        wire.send(answers, told, given)
-
-
 if __name__ == "__main__":
-    main()
+    serving.serve(Server)

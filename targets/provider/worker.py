@@ -9,6 +9,7 @@ from typing import IO, Any
 import numpy as np
 
 from hal.errors import TargetError
+from hal.targets.backend import Executable
 from hal.targets.process import Supervised
 from hal.targets.provider import wire
 
@@ -16,10 +17,16 @@ SCRIPT = Path(__file__).with_name("serve.py")
 
 
 class Worker(Supervised):
-    """``serve.py`` under an interpreter that has the vendor's packages."""
+    """A script that serves requests, under an interpreter that has the vendor's packages."""
 
-    def __init__(self, python: Path, what: str, variables: Mapping[str, str] | None = None) -> None:
-        super().__init__([str(python), str(SCRIPT)], what, variables)
+    def __init__(
+        self,
+        python: Path,
+        what: str,
+        variables: Mapping[str, str] | None = None,
+        script: Path | None = None,
+    ) -> None:
+        super().__init__([str(python), str(script or SCRIPT)], what, variables)
 
     def ask(
         self,
@@ -47,6 +54,26 @@ class Worker(Supervised):
                 "compile with fallback, or choose another target",
             )
         return told, given
+
+
+class Remote(Executable):
+    """A segment in a worker."""
+
+    def __init__(self, worker: Worker, record: Mapping[str, Any], seconds: float) -> None:
+        self._worker, self._seconds = worker, seconds
+        self._inputs: Mapping[str, str] = record["inputs"]
+        self._outputs: list[str] = list(record["outputs"])
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Send arrays, wait for arrays."""
+        arrays = {name: np.asarray(inputs[name]) for name in self._inputs}
+        head = {"do": "run", "outputs": self._outputs}
+        _, results = self._worker.ask(head, arrays, limit=self._seconds)
+        return dict(results)
+
+    def close(self) -> None:
+        """End the worker."""
+        self._worker.close()
 
 
 def _sentence(text: str) -> str:

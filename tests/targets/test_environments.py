@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -25,8 +27,9 @@ def test_environments_are_named_by_what_is_in_them(home: Path) -> None:
         Environment(("a==1",)),
         Environment(("a==1", "b==3")),
         Environment((), ("a==1", "b==2")),
+        Environment(("a==1", "b==2"), (), ("c==1",)),
     ]
-    assert len({one.folder, *(other.folder for other in others)}) == 4
+    assert len({one.folder, *(other.folder for other in others)}) == 5
 
 
 def test_one_that_is_not_made_is_told() -> None:
@@ -74,3 +77,23 @@ def test_a_suite_whose_keys_are_missing_is_told(
     with pytest.raises(TargetError, match="b of 'newer' cannot be checked") as caught:
         Environment((), ("b/newer",)).make(lambda _: None)
     assert "debian-archive-keyring" in (caught.value.hint or "")
+
+
+def test_what_stands_alone_is_installed_without_what_it_requires(tmp_path: Path) -> None:
+    """A wheel that asks for what nobody has can be installed so, and not otherwise."""
+    wheel = tmp_path / "chip_tools-1-py3-none-any.whl"
+    facts = {
+        "METADATA": "Metadata-Version: 2.1\nName: chip-tools\nVersion: 1\n"
+        "Requires-Dist: no-such-package-of-a-chip\n",
+        "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "RECORD": "",
+    }
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("chip_tools.py", "answer = 42\n")
+        for name, text in facts.items():
+            file.writestr(f"chip_tools-1.dist-info/{name}", text)
+    wanted = Environment((), (), (str(wheel),))
+    wanted.make(lambda _: None)
+    assert wanted.made
+    command = [str(wanted.python), "-c", "import chip_tools; print(chip_tools.answer)"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "42\n"
