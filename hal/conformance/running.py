@@ -15,8 +15,9 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class Outcome:
     Attributes:
         name, op: of the case.
         status: one of :data:`STATUSES`.
-        reason: why it did not pass.
+        reason: why it did not pass, or by which other type's tolerance it passed.
         native: how it went on onnxruntime alone, where that was asked for.
         seconds: to compile, load and run it.
         max_error: largest difference from the reference, of models.
@@ -61,7 +62,10 @@ def run_case(case: Case | ModelCase, target: str, fallback: bool, native: bool =
     if isinstance(case, ModelCase):
         return _run_model(case, target, fallback)
     start = time.perf_counter()
-    status, reason = _judge(case, lambda: _hal_runner(case, target, fallback))
+    narrowed: dict[str, Any] = {}
+    status, reason = _judge(case, lambda: _hal_runner(case, target, fallback, narrowed), narrowed)
+    if status == PASSED and narrowed:
+        reason = ", ".join(map(str, narrowed.values()))
     seconds = time.perf_counter() - start
     alone = _judge(case, lambda: _native_runner(case))[0] if native else ""
     return Outcome(case.name, case.op, status, reason, alone, seconds)
@@ -83,6 +87,7 @@ def _run_model(case: ModelCase, target: str, fallback: bool) -> Outcome:
         share = assigned.get(record.backend, 0) / nodes if nodes else 1.0
         outputs = (record.verification or {}).get("outputs", {})
         error = max((o["max_error"] for o in outputs.values()), default=None)
+        reason = ", ".join(map(str, bundle.narrowed(record.target).values()))
         if share == 0:
             refused = record.placement["refused"]
             status, reason = UNSUPPORTED, f"takes none of its nodes: {refused[0]['reason']}"
@@ -108,13 +113,16 @@ def _failure(error: Exception) -> tuple[str, str]:
 Runnable = Callable[[list[Any]], list[Any]]
 
 
-def _judge(case: Case, prepare: Callable[[], Runnable]) -> tuple[str, str]:
+def _judge(
+    case: Case, prepare: Callable[[], Runnable], narrowed: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[str, str]:
+    """``narrowed`` may be filled by ``prepare``: those floats have the other type's tolerance."""
     try:
         run = prepare()
         for inputs, expected in case.data():
             outputs = run([_array(item) for item in inputs])
             wanted = [_array(item) for item in expected]
-            Runner.assert_similar_outputs(wanted, outputs, case.rtol, case.atol)
+            _assert_similar(case, wanted, outputs, narrowed)
     except AssertionError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return WRONG, " ".join(lines[:4])
@@ -123,7 +131,21 @@ def _judge(case: Case, prepare: Callable[[], Runnable]) -> tuple[str, str]:
     return PASSED, ""
 
 
-def _hal_runner(case: Case, target: str, fallback: bool) -> Runnable:
+def _assert_similar(
+    case: Case, wanted: list[Any], outputs: list[Any], narrowed: Mapping[str, Any]
+) -> None:
+    if len(wanted) != len(outputs):
+        raise AssertionError(f"{len(outputs)} outputs, expected {len(wanted)}")
+    for right, found in zip(wanted, outputs, strict=True):
+        relative, absolute = case.rtol, case.atol
+        if isinstance(right, np.ndarray) and (other := narrowed.get(right.dtype.name)):
+            relative = max(relative, other.relative)
+            absolute = max(absolute, other.absolute)
+        Runner.assert_similar_outputs([right], [found], relative, absolute)
+
+
+def _hal_runner(case: Case, target: str, fallback: bool, narrowed: dict[str, Any]) -> Runnable:
+    """A session of the case; ``narrowed`` is given the floats that its build narrows."""
     import hal
 
     with tempfile.TemporaryDirectory(prefix="suite-") as folder:
@@ -131,6 +153,7 @@ def _hal_runner(case: Case, target: str, fallback: bool) -> Runnable:
         path.write_bytes(case.model.SerializeToString())
         bundle = hal.compile(path, target=target, verify=False, fallback=fallback)
     session = bundle.session(threads=1)
+    narrowed.update(bundle.narrowed(session.target))
 
     def run(inputs: list[Any]) -> list[Any]:
         names = _input_names(case.model)

@@ -161,3 +161,21 @@ def test_the_digest_changes_with_any_figure() -> None:
 def test_a_descriptor_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         chip().name = "other"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "computed"),
+    [
+        ({}, "float32"),
+        ({"matmul_precision": "tfloat32", "dtypes": {"float32": "native"}}, "float32"),
+        ({"matmul_precision": "float16", "dtypes": {"float32": "emulated"}}, "float32"),
+        ({"matmul_precision": "float16", "dtypes": {"float32": "narrowed"}}, "float16"),
+        ({"dtypes": {"float32": "narrowed", "bfloat16": "native"}}, "bfloat16"),
+        ({"dtypes": {"float32": "narrowed"}}, "float32"),
+    ],
+)
+def test_only_a_narrowed_float_is_computed_in_another(
+    behaviour: dict[str, Any], computed: str
+) -> None:
+    assert chip(behaviour=behaviour).behaviour.computed_in("float32") == computed
+    assert chip(behaviour=behaviour).behaviour.computed_in("int64") == "int64"
