@@ -116,7 +116,7 @@ def page(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
         if "reason" in row:
             reasons.append(f"- `{row['target']}` cannot run here: {row['reason']}.")
         for name, figures in row["models"].items():
-            if figures["status"] != "passed":
+            if figures["reason"]:
                 reasons.append(f"- `{row['target']}`, {MODELS[name]}: {figures['reason']}.")
     return "\n".join([*lines, "", *reasons]).rstrip() + "\n"
 

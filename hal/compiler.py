@@ -341,7 +341,8 @@ def _verify_one(
         def run(part: Graph, step: verification.Step) -> dict[str, Any]:
             return _run_once(part, found, step)
 
-        return verification.first_divergence(graph, reference.inputs[0], run)
+        narrowed = figures.get("narrowed", {})
+        return verification.first_divergence(graph, reference.inputs[0], run, narrowed)
 
     verification.require(figures, name, diverges)
     return figures

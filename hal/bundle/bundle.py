@@ -17,6 +17,7 @@ from hal.ir import Graph
 
 if TYPE_CHECKING:
     from hal.runtime.session import Session
+    from hal.runtime.verification import Narrowed
 
 
 class Bundle:
@@ -121,6 +122,16 @@ class Bundle:
         from hal.compiler import verify
 
         return verify(self, target, against=against)
+
+    def narrowed(self, target: str) -> dict[str, Narrowed]:
+        """Float types that a build's target computes in a smaller one, with that one's tolerances.
+
+        ``target`` is a name in ``manifest.builds``.
+        """
+        from hal.runtime.verification import Narrowed, narrowed_floats
+
+        types = narrowed_floats(self.manifest.builds[target])
+        return {wide: Narrowed(wide, small) for wide, small in types.items()}
 
 
 def load(path: str | Path) -> Bundle:

@@ -194,7 +194,10 @@ def verification_text(figures: Mapping[str, Any] | None) -> str:
         return f"not verified: {reason}"
     parts = [output_text(name, figure) for name, figure in figures["outputs"].items()]
     verdict = "verified" if figures["passed"] else "OUT OF TOLERANCE"
-    return f"{verdict}: {'; '.join(parts)}"
+    from hal.runtime.verification import narrowed_text
+
+    told = narrowed_text(figures.get("narrowed", {}))
+    return f"{verdict}: {'; '.join(parts)}" + (f"; {told}" if told else "")
 
 
 def output_text(name: str, figure: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class Outcome:
     Attributes:
         name, op: of the case.
         status: one of :data:`STATUSES`.
-        reason: why it did not pass.
+        reason: why it did not pass, or by which other type's tolerance it passed.
         native: how it went on onnxruntime alone, where that was asked for.
         seconds: to compile, load and run it.
         max_error: largest difference from the reference, of models and their ops.
@@ -67,12 +68,15 @@ def run_case(case: Case | ModelCase, target: str, fallback: bool, native: bool =
     if isinstance(case, ModelCase):
         return _run_model(case, target, fallback)
     start = time.perf_counter()
-    shares: list[float] = []
-    status, reason = _judge(case, lambda: _hal_runner(case, target, fallback, shares))
+    built = _Built()
+    status, reason = _judge(
+        case, lambda: _hal_runner(case, target, fallback, built), built.narrowed
+    )
+    if status == PASSED and built.narrowed:
+        reason = ", ".join(map(str, built.narrowed.values()))
     seconds = time.perf_counter() - start
     alone = _judge(case, lambda: _native_runner(case))[0] if native else ""
-    share = shares[0] if shares else None
-    return Outcome(case.name, case.op, status, reason, alone, seconds, share=share)
+    return Outcome(case.name, case.op, status, reason, alone, seconds, share=built.share)
 
 
 def _run_model(case: ModelCase, target: str, fallback: bool) -> Outcome:
@@ -91,6 +95,7 @@ def _run_model(case: ModelCase, target: str, fallback: bool) -> Outcome:
         share = _share(record)
         figures = record.verification or {}
         outputs = figures.get("outputs", {})
+        reason = ", ".join(map(str, bundle.narrowed(record.target).values()))
         if share == 0:
             refused = record.placement["refused"]
             status, reason = UNSUPPORTED, f"takes none of its nodes: {refused[0]['reason']}"
@@ -134,7 +139,10 @@ def _failure(error: Exception, refusals: type[Exception] | None = None) -> tuple
 Runnable = Callable[[list[Any]], list[Any]]
 
 
-def _judge(case: Case, prepare: Callable[[], Runnable]) -> tuple[str, str]:
+def _judge(
+    case: Case, prepare: Callable[[], Runnable], narrowed: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[str, str]:
+    """``narrowed`` may be filled by ``prepare``: those floats have the other type's tolerance."""
     outputs: list[Any] = []
     wanted: list[Any] = []
     try:
@@ -142,7 +150,7 @@ def _judge(case: Case, prepare: Callable[[], Runnable]) -> tuple[str, str]:
         for inputs, expected in case.data():
             outputs = run([_array(item) for item in inputs])
             wanted = [_array(item) for item in expected]
-            Runner.assert_similar_outputs(wanted, outputs, case.rtol, case.atol)
+            _assert_similar(case, wanted, outputs, narrowed)
     except AssertionError as error:
         if (dtypes := _other_dtypes(outputs, wanted)) != "":
             return WRONG_DTYPE, dtypes
@@ -163,16 +171,38 @@ def _other_dtypes(outputs: Sequence[Any], wanted: Sequence[Any]) -> str:
     return "; ".join(found)
 
 
-def _hal_runner(case: Case, target: str, fallback: bool, shares: list[float]) -> Runnable:
-    """Build the case; the share of nodes that the target took goes into ``shares``."""
+def _assert_similar(
+    case: Case, wanted: list[Any], outputs: list[Any], narrowed: Mapping[str, Any]
+) -> None:
+    if len(wanted) != len(outputs):
+        raise AssertionError(f"{len(outputs)} outputs, expected {len(wanted)}")
+    for right, found in zip(wanted, outputs, strict=True):
+        relative, absolute = case.rtol, case.atol
+        if isinstance(right, np.ndarray) and (other := narrowed.get(right.dtype.name)):
+            relative = max(relative, other.relative)
+            absolute = max(absolute, other.absolute)
+        Runner.assert_similar_outputs([right], [found], relative, absolute)
+
+
+@dataclasses.dataclass
+class _Built:
+    """What is known of a case's build: the share of nodes that the target took, narrowed floats."""
+
+    share: float | None = None
+    narrowed: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _hal_runner(case: Case, target: str, fallback: bool, built: _Built) -> Runnable:
+    """A session of the case; ``built`` is filled."""
     import hal
 
     with tempfile.TemporaryDirectory(prefix="suite-") as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(case.model.SerializeToString())
         bundle = hal.compile(path, target=target, verify=False, fallback=fallback)
-    shares.append(_share(next(iter(bundle.manifest.builds.values()))))
+    built.share = _share(next(iter(bundle.manifest.builds.values())))
     session = bundle.session(threads=1)
+    built.narrowed.update(bundle.narrowed(session.target))
 
     def run(inputs: list[Any]) -> list[Any]:
         names = _input_names(case.model)

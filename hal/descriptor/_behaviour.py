@@ -12,6 +12,8 @@ from hal.descriptor._dtypes import DTypeName
 Support = Literal["native", "emulated", "narrowed", "unsupported"]
 """``emulated``: right but slow; ``narrowed``: silently computed in a smaller type."""
 
+_WIDEST_FIRST = ("float64", "float32", "float16", "bfloat16")
+
 
 class Behaviour(Model):
     """What a compiler must know to stay correct."""
@@ -38,6 +40,19 @@ class Behaviour(Model):
         if dtype == "int64":
             return self.dtypes.get(dtype, self.int64)
         return self.dtypes.get(dtype)
+
+    def computed_in(self, dtype: str) -> str:
+        """The type in which floats of ``dtype`` are really computed: itself, unless it is narrowed.
+
+        A narrowed float32 is computed in ``matmul_precision``; where that is not stated, and for
+        other floats, in the widest narrower one that is native.
+        """
+        if self.support(dtype) != "narrowed" or dtype not in _WIDEST_FIRST:
+            return dtype
+        if dtype == "float32" and self.matmul_precision in _WIDEST_FIRST:
+            return str(self.matmul_precision)
+        narrower = _WIDEST_FIRST[_WIDEST_FIRST.index(dtype) + 1 :]
+        return next((t for t in narrower if self.dtypes.get(t) == "native"), dtype)
 
 
 class Layout(Model):

@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from hal.bundle.manifest import BuildRecord
+from hal.descriptor import parse
 from hal.errors import CheckFailed, HalError
 from hal.ir import Graph
 from hal.ir.evaluate import Evaluator, evaluate
@@ -109,24 +112,82 @@ def verify_session(session: Session, reference: Reference) -> dict[str, Any]:
     slack = CACHE_TOLERANCE[session.plan.bits if session.plan else 0]
     if session.bundle.manifest.metadata.get("quantization", {}).get("activations", 16) < 16:
         slack += ROUNDING_TOLERANCE
+    narrowed = narrowed_floats(session.bundle.manifest.builds[session.target])
     figures: dict[str, dict[str, Any]] = {}
     for inputs, expected in zip(reference.inputs, reference.outputs, strict=True):
         actual = session.run(inputs)
         for name, right in expected.items():
-            worst = compare(name, actual[name], right, slack)
+            worst = compare(name, actual[name], right, slack, narrowed)
             figures[name] = worst if name not in figures else _worse(figures[name], worst)
     session.reset()
-    return {
+    result = {
         "passed": all(f["passed"] for f in figures.values()),
         "calls": len(reference.inputs),
         "outputs": figures,
     }
+    return {**result, "narrowed": narrowed} if narrowed else result
 
 
-def compare(name: str, actual: Any, expected: Any, slack: float = 0.0) -> dict[str, Any]:
+def narrowed_floats(build: BuildRecord) -> dict[str, str]:
+    """Float types that what ran the build's segments narrows, and what each is computed in.
+
+    Segments that fell to the host count for nothing: a build of them alone narrows nothing.
+    """
+    chips = []
+    for segment in build.segments:
+        chip = parse(segment.get("descriptor") or build.descriptor, "the build")
+        route = segment.get("target", build.route).rpartition(":")[2]
+        if route in chip.routes and chip.routes[route].backend == segment["backend"]:
+            chips.append(chip.behaviour)
+    found: dict[str, str] = {}
+    for dtype in RELATIVE_TOLERANCE:
+        types = [dtype, *(chip.computed_in(dtype) for chip in chips)]
+        loosest = max(types, key=lambda t: RELATIVE_TOLERANCE[t])
+        if loosest != dtype:
+            found[dtype] = loosest
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Narrowed:
+    """A float type, and the smaller one in which a target computes it."""
+
+    dtype: str
+    computed_in: str
+
+    @property
+    def relative(self) -> float:
+        """Allowed error as a share of the reference."""
+        return RELATIVE_TOLERANCE[self.computed_in]
+
+    @property
+    def absolute(self) -> float:
+        """Allowed error near zero."""
+        return ABSOLUTE_TOLERANCE[self.computed_in]
+
+    def __str__(self) -> str:
+        return narrowed_text({self.dtype: self.computed_in})
+
+
+def narrowed_text(narrowed: Mapping[str, str]) -> str:
+    """Why the tolerance is that of another type, or nothing."""
+    return ", ".join(
+        f"tolerance of {small}, in which the target computes {wide}"
+        for wide, small in narrowed.items()
+    )
+
+
+def compare(
+    name: str,
+    actual: Any,
+    expected: Any,
+    slack: float = 0.0,
+    narrowed: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Error figures of one output; sequences are compared item by item.
 
-    ``slack`` is added to the relative tolerance of floats.
+    ``slack`` is added to the relative tolerance of floats. A dtype that ``narrowed`` names has the
+    tolerance of the type that it is computed in.
     """
     if isinstance(expected, (list, tuple)):
         if not isinstance(actual, (list, tuple)) or len(actual) != len(expected):
@@ -136,7 +197,7 @@ def compare(name: str, actual: Any, expected: Any, slack: float = 0.0) -> dict[s
                 "mean_error": None,
                 "reason": "other length",
             }
-        items = [compare(name, a, e) for a, e in zip(actual, expected, strict=True)]
+        items = [compare(name, a, e, 0.0, narrowed) for a, e in zip(actual, expected, strict=True)]
         result = {"passed": True, "max_error": 0.0, "mean_error": 0.0, "tolerance": 0.0}
         for item in items:
             result = _worse(result, item)
@@ -163,13 +224,17 @@ def compare(name: str, actual: Any, expected: Any, slack: float = 0.0) -> dict[s
             "mean_error": 0.0,
             "tolerance": 0.0,
         }
-    return _compare_floats(name, actual, expected, slack)
+    return _compare_floats(name, actual, expected, slack, narrowed)
 
 
 def _compare_floats(
-    name: str, actual: np.ndarray, expected: np.ndarray, slack: float
+    name: str,
+    actual: np.ndarray,
+    expected: np.ndarray,
+    slack: float,
+    narrowed: Mapping[str, str],
 ) -> dict[str, Any]:
-    dtype = expected.dtype.name
+    dtype = narrowed.get(expected.dtype.name, expected.dtype.name)
     wide = np.complex128 if expected.dtype.kind == "c" else np.float64
     left, right = actual.astype(wide), expected.astype(wide)
     finite = np.isfinite(left) & np.isfinite(right)
@@ -233,6 +298,7 @@ def first_divergence(
     graph: Graph,
     step: Step,
     run_on_target: Callable[[Graph, Step], dict[str, Any]],
+    narrowed: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Find by bisection the first value of ``graph`` that a target computes wrongly.
 
@@ -240,6 +306,7 @@ def first_divergence(
         graph: the neutral graph.
         step: inputs of one call (for graphs with state: the first call, on empty state).
         run_on_target: builds a graph for the target and runs it once.
+        narrowed: as for :func:`compare`.
 
     Returns:
         A sentence naming the value, its node and op, or saying that nothing was found.
@@ -252,7 +319,7 @@ def first_divergence(
     found: ir.Value | None = None
     while low <= high:
         middle = (low + high) // 2
-        if _wrong(graph, values[middle], inputs, run_on_target):
+        if _wrong(graph, values[middle], inputs, run_on_target, narrowed):
             found, high = values[middle], middle - 1
         else:
             low = middle + 1
@@ -268,13 +335,15 @@ def _wrong(
     value: ir.Value,
     inputs: Step,
     run_on_target: Callable[[Graph, Step], dict[str, Any]],
+    narrowed: Mapping[str, str],
 ) -> bool:
     name = value.name or ""
     part = truncate(graph, name)
     needed = {n: inputs[n] for n in part.input_specs()}
     try:
         expected = evaluate(part, needed)[name]
-        return not compare(name, run_on_target(part, needed)[name], expected)["passed"]
+        actual = run_on_target(part, needed)[name]
+        return not compare(name, actual, expected, 0.0, narrowed)["passed"]
     except HalError as error:
         logger.info("bisection skips %s: %s", name, error)
         return False

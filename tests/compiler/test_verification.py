@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import hal
+from hal.cli._report import verification_text
+from hal.runtime.verification import compare, narrowed_floats
 from tests import files
 from tests.compiler.support import ROUTE, is_right, names_in, use_vendor
 
@@ -84,3 +87,48 @@ def test_progress_is_told_in_sentences(model: Path) -> None:
     assert said[0] == "reading the model"
     assert f"building for {ROUTE}" in said
     assert said[-1] == f"verifying {ROUTE}"
+
+
+NARROWED = """
+[behaviour]
+matmul_precision = "float16"
+[behaviour.dtypes]
+float32 = "narrowed"
+"""
+
+
+def test_a_chip_that_narrows_floats_is_held_to_the_tolerance_of_the_narrow_type(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use_vendor(monkeypatch, tmp_path, "wrong")
+    with (tmp_path / "acme-1.toml").open("a") as file:
+        file.write(NARROWED)
+    compiled = hal.compile(model, target="acme-1", output=tmp_path / "mlp.hal")
+    record = compiled.manifest.builds["acme-1:acme"]
+    figures = record.verification
+    assert figures is not None
+    assert figures["narrowed"] == {"float32": "float16"}
+    sentence = "tolerance of float16, in which the target computes float32"
+    assert sentence in verification_text(figures)
+
+    on_host = record.model_copy(deep=True)
+    for segment in on_host.segments:
+        segment["backend"] = "onnxruntime"
+    assert narrowed_floats(on_host) == {}
+    narrowed = compiled.narrowed("acme-1:acme")["float32"]
+    assert (narrowed.relative, narrowed.absolute) == (2e-2, 1e-2)
+
+
+def test_a_narrow_tolerance_is_for_the_narrowed_type_alone() -> None:
+    right = np.ones(3, np.float32)
+    near = right + np.float32(0.01)
+    far = right + np.float32(0.1)
+    narrowed = {"float32": "float16"}
+    assert not compare("y", near, right)["passed"]
+    assert compare("y", near, right, 0.0, narrowed)["passed"]
+    assert compare("y", [near], [right], 0.0, narrowed)["passed"]
+    assert not compare("y", far, right, 0.0, narrowed)["passed"]
+    wide = np.ones(3)
+    assert not compare("y", wide + 0.01, wide, 0.0, narrowed)["passed"]
+    whole = np.ones(3, np.int64)
+    assert not compare("y", whole + 1, whole, 0.0, narrowed)["passed"]

@@ -5,9 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 
 from hal import conformance as suite
+from hal.conformance.cases import Case
+from hal.conformance.running import _assert_similar
+from hal.runtime.verification import Narrowed
 
 # A few cases each of what goes a different way: kernels, casts, bodies, branches, sequences,
 # strings, recurrent ops, quantization, old opsets.
@@ -129,3 +134,16 @@ def test_the_whole_suite_passes(target: str, fallback: bool, wanted: int) -> Non
 def test_the_image_classifiers_of_the_suite_pass() -> None:
     outcomes = list(suite.run_suite(suite.light_cases(), "host:onnxruntime"))
     assert [o.name for o in outcomes if o.status != "passed"] == []
+
+
+def test_a_narrowed_type_has_its_own_tolerance_in_a_case() -> None:
+    case = Case("c", onnx.ModelProto(), list, 1e-3, 1e-7)
+    right, near = np.ones(2, np.float32), np.full(2, 1.01, np.float32)
+    narrowed = {"float32": Narrowed("float32", "float16")}
+    _assert_similar(case, [right], [near], narrowed)
+    with pytest.raises(AssertionError):
+        _assert_similar(case, [right], [near], {})
+    with pytest.raises(AssertionError):
+        _assert_similar(case, [np.ones(2)], [np.full(2, 1.01)], narrowed)
+    with pytest.raises(AssertionError, match="1 outputs, expected 2"):
+        _assert_similar(case, [right, right], [right], narrowed)

@@ -187,3 +187,21 @@ def test_backends_read_the_route_that_was_named() -> None:
     assert described.route_through("tvm") is None
     with pytest.raises(DescriptorError, match="has no route 'larger'"):
         described.with_route("larger")
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "computed"),
+    [
+        ({}, "float32"),
+        ({"matmul_precision": "tfloat32", "dtypes": {"float32": "native"}}, "float32"),
+        ({"matmul_precision": "float16", "dtypes": {"float32": "emulated"}}, "float32"),
+        ({"matmul_precision": "float16", "dtypes": {"float32": "narrowed"}}, "float16"),
+        ({"dtypes": {"float32": "narrowed", "bfloat16": "native"}}, "bfloat16"),
+        ({"dtypes": {"float32": "narrowed"}}, "float32"),
+    ],
+)
+def test_only_a_narrowed_float_is_computed_in_another(
+    behaviour: dict[str, Any], computed: str
+) -> None:
+    assert chip(behaviour=behaviour).behaviour.computed_in("float32") == computed
+    assert chip(behaviour=behaviour).behaviour.computed_in("int64") == "int64"
