@@ -10,6 +10,7 @@ pytest imports this module wherever hal is installed, so it imports nothing of w
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from hal.errors import HalError
 
 if TYPE_CHECKING:
     from hal.conformance import CaseRunner, Outcome, Selection
+    from hal.targets import ResolvedTarget
 
 MARKER = "hal_conformance"
 _SELECTING = {"--hal-op", "--hal-models", "--hal-from-model", "--hal-dim", "--hal-fallback"}
@@ -74,17 +76,14 @@ def pytest_configure(config: pytest.Config) -> None:
             if config.getoption(name):
                 raise pytest.UsageError(f"{name} is given without --hal-target")
         return
-    from hal.targets import foreign, guarded, require_usable, resolve
+    from hal.targets import foreign, guarded, resolve
 
     for target in targets:
         with _told():
             found = resolve(target)
             blamed = " or ".join(foreign([found])) or found.name
-            guarded(
-                lambda _, found=found: require_usable(found),
-                blamed,
-                config.getoption("--hal-limit"),
-            )
+            check = functools.partial(_check, found)
+            guarded(check, blamed, config.getoption("--hal-limit"))
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m choose among the items
@@ -235,6 +234,12 @@ def _extents(texts: Iterable[str]) -> dict[str, int]:
             raise pytest.UsageError(f"--hal-dim {text!r} is not name=extent")
         extents[name] = int(extent)
     return extents
+
+
+def _check(found: ResolvedTarget, _: object) -> None:
+    from hal.targets import require_usable
+
+    require_usable(found)
 
 
 @contextlib.contextmanager
