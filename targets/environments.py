@@ -24,7 +24,10 @@ _TAIL = 3
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """What ``pip`` installs and which Debian packages are unpacked, and where."""
+    """What ``pip`` installs and which Debian packages are unpacked, and where.
+
+    A Debian package comes from this system's sources, or as ``NAME/SUITE`` from Debian's own.
+    """
 
     packages: tuple[str, ...] = ()
     debian: tuple[str, ...] = ()
@@ -88,11 +91,45 @@ class Environment:
             say(f"unpacking {', '.join(self.debian)}")
             self.files.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory() as downloads:
-                _run(["apt-get", "download", *self.debian], Path(downloads))
+                _download(self.debian, Path(downloads))
                 for package in sorted(Path(downloads).glob("*.deb")):
                     _run(["dpkg", "-x", str(package), str(self.files)])
         (self.folder / "made.json").write_text(json.dumps(dataclasses.asdict(self)))
         return self.folder
+
+
+_ARCHIVE = "http://deb.debian.org/debian"
+_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+
+
+def _download(packages: Sequence[str], folder: Path) -> None:
+    """Fetch ``.deb`` files; suites get lists of their own, so this system's are left alone."""
+    named = [tuple(package.partition("/")[::2]) for package in packages]
+    for suite in sorted({suite for _, suite in named}):
+        names = [name for name, where in named if where == suite]
+        options: list[str] = []
+        if suite:
+            if not _KEYRING.exists():
+                raise TargetError(
+                    f"{' and '.join(names)} of {suite!r} cannot be checked: {_KEYRING} is missing",
+                    "install debian-archive-keyring",
+                )
+            lists = folder / suite
+            (lists / "state" / "lists" / "partial").mkdir(parents=True)
+            (lists / "cache" / "archives" / "partial").mkdir(parents=True)
+            (lists / "status").touch()
+            source = f"deb [signed-by={_KEYRING}] {_ARCHIVE} {suite} main\n"
+            (lists / "sources.list").write_text(source)
+            facts = {
+                "Dir::Etc::sourcelist": lists / "sources.list",
+                "Dir::Etc::sourceparts": "/dev/null",
+                "Dir::State": lists / "state",
+                "Dir::State::status": lists / "status",
+                "Dir::Cache": lists / "cache",
+            }
+            options = [word for key, value in facts.items() for word in ("-o", f"{key}={value}")]
+            _run(["apt-get", *options, "update"])
+        _run(["apt-get", *options, "download", *names], folder)
 
 
 def _run(command: Sequence[str], folder: Path | None = None) -> None:

@@ -58,18 +58,26 @@ class RouteOptions(BaseModel):
 
     @classmethod
     def of(cls, descriptor: Descriptor) -> Self:
-        """The options of the first route through this backend.
+        """The options of the route through this backend: the one that was named, or the first.
 
         Raises:
             DescriptorError: there is none, or it is wrong.
         """
-        for route in descriptor.routes.values():
-            if route.backend == cls.backend:
-                return cls.of_route(route)
+        if found := descriptor.route_through(cls.backend):
+            return cls.of_route(found[1])
         raise DescriptorError(
             f"target {descriptor.name!r} has no route of the backend {cls.backend!r}",
             "add one, see docs/vendors.md",
         )
+
+    def require(self, descriptor: Descriptor) -> Environment:
+        """The environment, made.
+
+        Raises:
+            TargetError: it is not made yet; the hint says how.
+        """
+        found = descriptor.route_through(self.backend)
+        return self.environment.require(":".join([descriptor.name, *(found or ())[:1]]))
 
 
 class InOwnEnvironment(Backend):

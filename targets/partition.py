@@ -1,5 +1,8 @@
 """Who runs which node: claims become convex segments that run one after the other.
 
+Where a backend refuses nodes, a minimum cut decides which of the claimed ones go to the host with
+them: an activation between two refused products is not worth two moves of its tensor.
+
 Nodes are taken in a topological order that stays with one backend while any of its nodes is ready,
 so segments are few and each is convex by construction (all it needs was computed earlier).
 Of the orders that start with either backend, the one that moves fewer bytes is kept.
@@ -9,9 +12,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import networkx as nx
 import onnx_ir as ir
 
 from hal.errors import UnsupportedError
@@ -67,7 +71,13 @@ class Plan:
 
 
 def plan(
-    graph: Graph, backend: str, verdicts: dict[ir.Node, Verdict], fallback: str | None
+    graph: Graph,
+    backend: str,
+    verdicts: dict[ir.Node, Verdict],
+    fallback: str | None,
+    *,
+    movable: Callable[[ir.Node], bool] = lambda _: False,
+    move_cost: float = 1.0,
 ) -> Plan:
     """Arrange the top-level nodes of a legalized graph into segments.
 
@@ -76,19 +86,72 @@ def plan(
         backend: name of the backend that gave the verdicts.
         verdicts: an answer for every top-level node.
         fallback: backend for refused nodes, or None to make a refusal an error.
+        movable: whether the fallback could run a claimed node as well.
+        move_cost: see :func:`cheaper_on_host`.
 
     Raises:
         UnsupportedError: nodes were refused and there is no fallback; lists node, op and reason.
     """
     nodes = list(graph.graph)
-    refusals = tuple((n, verdicts[n].reason) for n in nodes if not verdicts[n].claimed)
+    refused = {n: verdicts[n].reason for n in nodes if not verdicts[n].claimed}
     if fallback is None:
-        require_all(refusals, backend)
-    owner = {n: backend if verdicts[n].claimed else fallback or backend for n in nodes}
+        require_all(refused.items(), backend)
+    elif 0 < len(refused) < len(nodes):
+        left = cheaper_on_host(graph, set(refused), movable, move_cost)
+        refused |= dict.fromkeys((n for n in nodes if n in left), _CHEAPER)
+    refusals = tuple((n, refused[n]) for n in nodes if n in refused)
+    owner = {n: fallback or backend if n in refused else backend for n in nodes}
     orders = [_order(nodes, owner, first) for first in dict.fromkeys(owner.values())] or [[]]
     candidates = [_cut(graph, order) for order in orders]
     best = min(candidates, key=lambda segments: (moved_bytes(segments), len(segments)))
     return Plan(backend, tuple(best), refusals, len(nodes))
+
+
+_CHEAPER = "moving its tensors to the target and back costs more than it costs on the host"
+
+
+def cheaper_on_host(
+    graph: Graph, refused: set[ir.Node], movable: Callable[[ir.Node], bool], move_cost: float
+) -> set[ir.Node]:
+    """Claimed nodes that cost less beside the refused ones than the moves they cause.
+
+    A node on the host costs the bytes that it reads and writes. A tensor that crosses is read and
+    written once more, which counts ``move_cost`` times: how much slower the way between the two is
+    than memory. The minimum cut between target and host has the least sum. What enters and leaves
+    the graph moves in any case. Dynamic dims count as 1, weights as they are. Nodes that touch
+    carried state stay, or the state would move.
+    """
+    nodes = list(graph.graph)
+    state = {s.input for s in graph.state} | {s.output for s in graph.state}
+    users: dict[ir.Value, list[ir.Node]] = collections.defaultdict(list)
+    cut = nx.DiGraph()
+    cut.add_nodes_from(("target", "host"))
+    for node in nodes:
+        used = [*used_values(node)]
+        for value in used:
+            users[value].append(node)
+        touched = [*used, *node.outputs]
+        if node in refused:
+            cut.add_edge(node, "host")  # without a capacity: never cut
+        elif not movable(node) or any(v.name in state for v in touched):
+            cut.add_edge("target", node)
+        else:
+            cut.add_edge("target", node, capacity=sum(map(value_bytes, touched)))
+    known = set(nodes)
+    for value, readers in users.items():
+        maker = value.producer()
+        if maker is None or maker not in known:
+            continue
+        # Two helpers a tensor: however many of its readers are across, it moves once.
+        cost = 2 * move_cost * value_bytes(value)
+        there, back = ("there", value), ("back", value)
+        cut.add_edge(maker, there, capacity=cost)
+        cut.add_edge(back, maker, capacity=cost)
+        for reader in readers:
+            cut.add_edge(there, reader)
+            cut.add_edge(reader, back)
+    _, (_, host) = nx.minimum_cut(cut, "target", "host")
+    return {n for n in nodes if n in host and n not in refused}
 
 
 def stages(graph: Graph, names: Sequence[str], rooms: Sequence[float | None]) -> list[Segment]:

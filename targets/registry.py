@@ -158,7 +158,7 @@ class Registry:
         else:
             descriptor = self.descriptor(target)
         route_name, chosen = descriptor.route(route or None)
-        return ResolvedTarget(target, descriptor, route_name, chosen)
+        return ResolvedTarget(target, descriptor.with_route(route or None), route_name, chosen)
 
     def list(self) -> list[TargetInfo]:
         """Every target, ``host`` first, then everything that was found and cannot be used."""

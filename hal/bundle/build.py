@@ -11,14 +11,16 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 import hal
 from hal.bundle.manifest import BuildRecord, FileRecord
+from hal.descriptor import Descriptor
 from hal.errors import BuildError, TargetError, UnsupportedError
 from hal.ir import Graph
 from hal.ir.cache_plan import FIXED_KEY, PLAN_KEY
@@ -176,7 +178,14 @@ def _build(
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(legal.model)
     verdicts = {n: backend.supports(n, target.descriptor) for n in legal.graph}
     other = FALLBACK_BACKEND if fallback and backend.name != FALLBACK_BACKEND else None
-    plan = partition.plan(legal, backend.name, verdicts, other)
+    plan = partition.plan(
+        legal,
+        backend.name,
+        verdicts,
+        other,
+        movable=_runs_on(other, target.descriptor),
+        move_cost=target.descriptor.move_cost(),
+    )
     segments: list[dict[str, Any]] = []
     fixed = bool(legal.metadata.get(FIXED_KEY))
     for index, segment in enumerate(plan.segments):
@@ -223,6 +232,14 @@ def _build(
         cache=None if cache is None else {**cache, "fixed": fixed},
         picks=_picks(graph),
     )
+
+
+def _runs_on(name: str | None, descriptor: Descriptor) -> Callable[[ir.Node], bool]:
+    """Whether that backend has a node as it is: what a backend made for itself is no other's."""
+    if name is None:
+        return lambda _: False
+    other = load_backend(name)
+    return lambda node: not node.domain and other.supports(node, descriptor).claimed
 
 
 def _picks(graph: Graph) -> bool:

@@ -146,6 +146,16 @@ class Descriptor(Model):
         memory = self.memory_level(level)
         return int(memory.capacity.base) if memory and memory.capacity else None
 
+    def move_cost(self) -> float:
+        """How many times slower the way from the host's memory is than this chip's memory.
+
+        The way is the level ``host`` of kind ``link``; 1 where there is none, as on chips that
+        share the host's memory, or where a bandwidth is unknown.
+        """
+        way, own = self.memory_level("host"), self.memory_bandwidth()
+        there = self.memory_bandwidth("host") if way and way.kind == "link" else None
+        return max(own / there, 1.0) if own and there else 1.0
+
     # -- arithmetic -----------------------------------------------------------------------
 
     def vector_lanes(self, dtype: str) -> int:
@@ -254,6 +264,21 @@ class Descriptor(Model):
                 did_you_mean(chosen, self.routes),
             )
         return chosen, self.routes[chosen]
+
+    def with_route(self, name: str | None) -> Descriptor:
+        """This chip with that route as its default, so that backends read that one.
+
+        Raises:
+            DescriptorError: there is no such route.
+        """
+        chosen, _ = self.route(name)
+        return self.model_copy(update={"default_route": chosen}) if name else self
+
+    def route_through(self, backend: str) -> tuple[str, Route] | None:
+        """The default route if that backend takes it, else the first that it takes, or None."""
+        default = self.default_route
+        names = [*([default] if default else []), *self.routes]
+        return next(((n, self.routes[n]) for n in names if self.routes[n].backend == backend), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that :func:`hal.descriptor.parse` reads back to an equal descriptor."""

@@ -27,6 +27,7 @@ from hal.errors import ExportError, ModelError, did_you_mean
 from hal.frontends import torch_module
 from hal.frontends.causal_lm import CausalLM
 from hal.frontends.experts import fused_experts
+from hal.frontends.float32_files import as_float32
 from hal.frontends.recurrence import fused_recurrences
 from hal.frontends.source import Loaded
 from hal.ir import Graph
@@ -279,9 +280,9 @@ def _load_weights(
             "correct it, or save the model again",
         ) from None
     try:
-        with _quiet():
+        with _quiet(), as_float32(path) as files:
             model, info = cls.from_pretrained(
-                path,
+                files,
                 config=config,
                 dtype=torch.float32,
                 local_files_only=True,

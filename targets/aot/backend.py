@@ -68,7 +68,7 @@ class AotBackend(InOwnEnvironment, TvmBackend):
         from hal.targets.tvm.target import completed_target
 
         options = AotOptions.of(context.descriptor)
-        place = options.environment.require(context.descriptor.name)
+        place = options.require(context.descriptor)
         target = completed_target(context.descriptor, options.target)
         shaping = shaping_of(context.descriptor)
         lowered = lower(graph, shaping)
@@ -105,7 +105,7 @@ class AotBackend(InOwnEnvironment, TvmBackend):
             TargetError: what runs it is not there.
         """
         options = AotOptions.of(context.descriptor)
-        place = options.environment.require(context.descriptor.name)
+        place = options.require(context.descriptor)
         program = Path(context.files.extracted(f"{context.folder}/{PROGRAM}"))
         weights = Path(context.files.extracted(f"{context.folder}/{WEIGHTS}"))
         program.chmod(program.stat().st_mode | 0o111)

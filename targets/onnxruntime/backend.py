@@ -136,9 +136,9 @@ class OnnxRuntimeBackend(Backend):
 
 def _route(descriptor: Descriptor) -> OnnxRuntimeRoute:
     """The descriptor's own route; a chip without one gets plain CPU, where fallbacks run."""
-    for route in descriptor.routes.values():
-        if isinstance(route, OnnxRuntimeRoute):
-            return route
+    found = descriptor.route_through("onnxruntime")
+    if found and isinstance(found[1], OnnxRuntimeRoute):
+        return found[1]
     return OnnxRuntimeRoute(providers=("CPUExecutionProvider",))
 
 

@@ -173,7 +173,7 @@ class _started:  # noqa: N801 - used as a function
 
 
 def _start(descriptor: Descriptor, options: ProviderOptions) -> Worker:
-    place = options.environment.require(descriptor.name)
+    place = options.require(descriptor)
     files = str(place.files)
     variables = {k: v.replace("{files}", files) for k, v in options.variables.items()}
     return Worker(place.python, descriptor.name, variables)

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from hal.ir import Graph
 from hal.ir.inline import infer_types, inline_functions, may_have_body
+from hal.targets.tvm.fuse_convolutions import fuse_convolutions
 from hal.targets.tvm.fuse_quantized import fuse_quantized
 from hal.targets.tvm.lower import check
 from hal.targets.tvm.lowering import Shaping
@@ -20,11 +21,12 @@ _MAX_ROUNDS = 8
 def legalize(graph: Graph, shaping: Shaping) -> Graph:
     """A copy of ``graph`` in which refused nodes that have a body are replaced by it.
 
-    Products with quantized weights are fused before that.
+    Products with quantized weights and convolutions are fused before that.
     """
     graph = graph.clone()
     infer_types(graph.model)
     fuse_quantized(graph, shaping)
+    fuse_convolutions(graph, shaping)
     for _ in range(_MAX_ROUNDS):
         refused = [n for n in check(graph.graph, shaping) if may_have_body(graph.model, n)]
         refused = [n for n in refused if _MARK not in n.metadata_props]

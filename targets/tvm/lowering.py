@@ -42,6 +42,8 @@ class Operand:
     shape: tuple[Dim, ...]
     expr: Any = None
     content: np.ndarray | None = None
+    reshaped_from: Operand | None = None
+    """The operand that this is a view of with other dims."""
 
     @property
     def rank(self) -> int:

@@ -13,14 +13,14 @@ NARROWEST = 128
 
 
 def tvm_route(descriptor: Descriptor) -> TvmRoute:
-    """The first route through TVM.
+    """The route through TVM: the one that was named, or the first.
 
     Raises:
         TargetError: there is none.
     """
-    for route in descriptor.routes.values():
-        if isinstance(route, TvmRoute):
-            return route
+    found = descriptor.route_through("tvm")
+    if found and isinstance(found[1], TvmRoute):
+        return found[1]
     raise TargetError(
         f"target {descriptor.name!r} has no route through tvm",
         "add a table [routes.tvm] with a target to its descriptor",
@@ -28,7 +28,7 @@ def tvm_route(descriptor: Descriptor) -> TvmRoute:
 
 
 def tvm_target(descriptor: Descriptor) -> dict[str, Any]:
-    """The target of the first route through TVM, completed."""
+    """The target of the route through TVM, completed."""
     return completed_target(descriptor, tvm_route(descriptor).target)
 
 

@@ -39,6 +39,15 @@ def test_main_memory_is_the_last_main_level_and_never_a_cache_or_a_link() -> Non
     assert described.cache_bytes("l2") == 2**20
 
 
+def test_what_a_move_from_the_host_costs_is_the_ways_share_of_the_memorys_speed() -> None:
+    hbm = {"level": "hbm", "bandwidth": figure(1.6, "TB/s")}
+    way = {"level": "host", "kind": "link", "bandwidth": figure(64, "GB/s")}
+    assert chip().move_cost() == 1.0
+    assert chip(memory=[hbm]).move_cost() == 1.0
+    assert chip(memory=[hbm, way]).move_cost() == pytest.approx(25.0)
+    assert chip(memory=[hbm, {**way, "bandwidth": figure(3, "TB/s")}]).move_cost() == 1.0
+
+
 def test_peak_per_cycle_and_core_is_multiplied_out() -> None:
     described = chip(
         cores=4, clock=figure(2, "GHz"), peak={"float32": figure(32, "flop/cycle/core")}
@@ -179,3 +188,20 @@ def test_only_a_narrowed_float_is_computed_in_another(
 ) -> None:
     assert chip(behaviour=behaviour).behaviour.computed_in("float32") == computed
     assert chip(behaviour=behaviour).behaviour.computed_in("int64") == "int64"
+
+
+def test_backends_read_the_route_that_was_named() -> None:
+    described = chip(
+        routes={
+            "onnxruntime": {"providers": ["CPUExecutionProvider"]},
+            "small": {"backend": "vendor", "options": {"size": 1}},
+            "large": {"backend": "vendor", "options": {"size": 2}},
+        }
+    )
+    assert (described.route_through("vendor") or [""])[0] == "small"
+    assert (described.with_route("large").route_through("vendor") or [""])[0] == "large"
+    assert (described.with_route("large").route_through("onnxruntime") or [""])[0] == "onnxruntime"
+    assert described.with_route(None) == described
+    assert described.route_through("tvm") is None
+    with pytest.raises(DescriptorError, match="has no route 'larger'"):
+        described.with_route("larger")

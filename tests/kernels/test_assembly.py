@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("tvm")
 
 from hal.descriptor import Descriptor
-from hal.kernels import attention, matmul, moe
+from hal.kernels import arrange, attention, convolution, convolution_plan, matmul, moe
 from hal.kernels import cache as cache_kernels
 from hal.kernels.quantized_layout import Layout, byte_dot
 from hal.targets import resolve
@@ -157,6 +157,30 @@ def experts(on: On) -> list[str]:
     return [up.assembly, down.assembly]
 
 
+def convolved(on: On) -> list[str]:
+    sizes = convolution_plan.Geometry(
+        3, 5, 1, (9, 2 * on.chip.lanes + 5), (3, 3), pads=(1, 1, 1, 1)
+    )
+    made = convolution_plan.plan(sizes, on.chip.lanes, on.chip.registers)
+    assert made is not None
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((2, 3, *sizes.size), np.float32)
+    w = rng.standard_normal((5, 3, 3, 3), np.float32)
+    bias = rng.standard_normal(5, np.float32)
+    z = device(np.zeros((2, 3, made.arranged.extent), np.float32))
+    out = device(np.zeros((2, 5, sizes.out[0] * sizes.out[1]), np.float32))
+    first = compiled(arrange.arrange(made), on.chip.target)
+    then = compiled(convolution.convolution(made, 2, low=0.0), on.chip.target)
+    first.call(device(x), z)
+    then.call(z, device(convolution_plan.pack(w, made)), device(bias), out)
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))
+    expected = np.einsum("bcyxij,ocij->boyx", windows, w) + bias[:, None, None]
+    got = out.numpy().reshape(expected.shape)
+    np.testing.assert_allclose(got, np.maximum(expected, 0), rtol=1e-4, atol=1e-4)
+    return [then.assembly, first.assembly]
+
+
 KERNELS: dict[str, Callable[[On], list[str]]] = {
     "quantized, 4 bits by rounded": lambda on: quantized(on, 4, rounded=True),
     "quantized, 8 bits by rounded": lambda on: quantized(on, 8, rounded=True),
@@ -167,6 +191,7 @@ KERNELS: dict[str, Callable[[On], list[str]]] = {
     "cached attention": lambda on: cached(on, 0),
     "cached attention, 8 bits": lambda on: cached(on, 8),
     "experts": experts,
+    "convolution": convolved,
 }
 """Each runs on the chip, checks its results against NumPy, and gives the assembly."""
 
@@ -178,6 +203,7 @@ PRODUCTS = {
     "cached attention": 4,
     "cached attention, 8 bits": 4,
     "experts": 4,
+    "convolution": 9,
 }
 """Multiplications that an inner loop has at least. Scaling sums takes fewer; that of scores is
 unrolled, and activations are prepared without any."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hal.errors import TargetError
+from hal.targets import environments
 from hal.targets.environments import Environment
 
 
@@ -51,3 +52,25 @@ def test_one_of_nothing_is_there_already(home: Path) -> None:
     assert wanted.require("chip") is wanted
     assert wanted.make(lambda _: None) == wanted.folder
     assert not home.exists()
+
+
+def test_a_suite_has_lists_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    keyring = tmp_path / "keyring.gpg"
+    keyring.touch()
+    monkeypatch.setattr(environments, "_KEYRING", keyring)
+    ran: list[list[str]] = []
+    monkeypatch.setattr(environments, "_run", lambda command, folder=None: ran.append(command))
+    environments._download(("a", "b/newer", "c"), tmp_path)
+    assert ran[0] == ["apt-get", "download", "a", "c"]
+    assert [command[-1] for command in ran[1:]] == ["update", "b"]
+    assert f"Dir::State={tmp_path / 'newer' / 'state'}" in ran[1]
+    assert (tmp_path / "newer" / "sources.list").read_text().split()[-2:] == ["newer", "main"]
+
+
+def test_a_suite_whose_keys_are_missing_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(environments, "_KEYRING", tmp_path / "no.gpg")
+    with pytest.raises(TargetError, match="b of 'newer' cannot be checked") as caught:
+        Environment((), ("b/newer",)).make(lambda _: None)
+    assert "debian-archive-keyring" in (caught.value.hint or "")

@@ -7,16 +7,22 @@ registries; what a machine lacks is told by a skip with the reason.
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("tvm")
 
+import torch
+
+import hal
 from hal.conformance import ModelCase, model_cases, run_case
 from hal.errors import TargetError
 from hal.targets import load_backend, resolve
+from hal.targets.environments import Environment
 
 RECORDED = json.loads(
     (Path(__file__).parents[2] / "benchmarks" / "results" / "targets.json").read_text()
@@ -52,32 +58,56 @@ def test_models_do_on_the_target_what_the_table_says(target: str, case: ModelCas
         assert outcome.share == pytest.approx(recorded["share"], abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("name", "mnemonics"),
-    [("raspberry-pi-5:c", ("sdot",)), ("rv64gcv:c", ("vfmacc", "vfmadd"))],
+BINUTILS = Environment(
+    debian=("binutils-aarch64-linux-gnu", "binutils-riscv64-linux-gnu", "libbinutils")
 )
-def test_programs_have_the_chips_own_instructions(
-    name: str, mnemonics: tuple[str, ...], tmp_path: Path
+
+
+def disassembled(program: Path, machine: str) -> list[str]:
+    """Every instruction of a finished program, mnemonic and operands."""
+    folder = BINUTILS.files / "usr"
+    done = subprocess.run(
+        [folder / "bin" / f"{machine}-linux-gnu-objdump", "-d", "--no-show-raw-insn", program],
+        env={"LD_LIBRARY_PATH": str(folder / "lib" / "x86_64-linux-gnu")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [line.split("\t", 1)[1] for line in done.stdout.splitlines() if "\t" in line]
+
+
+@pytest.mark.parametrize(
+    ("name", "machine", "quantize", "wide", "scalar"),
+    [
+        ("raspberry-pi-5:c", "aarch64", None, r"fmla\s+v\d+\.4s", r"fn?m(ul|add|sub)\s+[sd]\d"),
+        ("raspberry-pi-5:c", "aarch64", "w4a8", r"sdot\s+v", r"s?m(ul|add)l?\s+[wx]\d"),
+        ("graviton3:c", "aarch64", "w4a8", r"sdot\s+v", r"s?m(ul|add)l?\s+[wx]\d"),
+        ("rv64gcv:c", "riscv64", None, r"vfm(acc|add)\.", r"fn?m(ul|add|sub)\.[sd]"),
+        ("rv64gcv:c", "riscv64", "w4a8", r"vfm(acc|add)\.", r"fn?m(ul|add|sub)\.[sd]"),
+    ],
+)
+def test_programs_compute_with_the_chips_own_instructions(
+    name: str, machine: str, quantize: str | None, wide: str, scalar: str, tmp_path: Path
 ) -> None:
-    """What a quantized product, and a product of floats, are compiled to."""
-    from tvm import IRModule, compile, target
-
-    from hal.kernels.matmul import row_major
-    from hal.kernels.quantized_layout import Layout, byte_dot
-    from hal.kernels.quantized_matmul import matmul
-    from hal.targets.aot import AotOptions
-    from hal.targets.tvm.backend import shaping_of
-    from hal.targets.tvm.target import completed_target
-
+    """The finished program of a perceptron multiplies in vectors; scalars are left for edges."""
     found = resolve(name)
-    described, shaping = found.descriptor, shaping_of(found.descriptor)
-    dot = byte_dot(described)
-    if dot is not None:
-        layout = Layout(64, 128, 4, 32, dot.lanes, integer=True, signed=dot.signed)
-        kernel = matmul(layout, shaping.registers, dot)
-    else:
-        kernel = row_major(128, 64, shaping.lanes, shaping.registers)
-    chosen = completed_target(described, AotOptions.of_route(found.route).target)
-    module = IRModule({"kernel": kernel.with_attr("global_symbol", "kernel")})
-    text = compile(module, target=target.Target(chosen)).mod.inspect_source("asm")
-    assert any(word in text for word in mnemonics)
+    try:
+        load_backend(found.backend).setup(found.descriptor, print)
+        BINUTILS.make(print)
+    except TargetError as error:
+        pytest.skip(f"{name} cannot be set up here: {error.message}")
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(256, 512), torch.nn.GELU(), torch.nn.Linear(512, 64)]
+    hal.compile(
+        torch.nn.Sequential(*layers),
+        target=name,
+        inputs=(torch.randn(4, 256),),
+        quantize=quantize,
+        output=tmp_path / "built",
+    )
+    (program,) = (tmp_path / "built").rglob("program")
+    text = disassembled(program, machine)
+    many = sum(bool(re.match(wide, line)) for line in text)
+    few = sum(bool(re.match(scalar, line)) for line in text)
+    assert many > 100
+    assert few < many / 2, (many, few)

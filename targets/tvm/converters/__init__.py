@@ -9,6 +9,7 @@ from hal.targets.tvm.converters import (
     attention,
     cache,
     cast,
+    convolution,
     elementwise,
     hal_ops,
     index,
@@ -50,7 +51,11 @@ CONVERTERS: dict[tuple[str, str], Converter] = (
         for family in (hal_ops, cache)
         for name, function in family.CONVERTERS.items()
     }
-    | {(DOMAIN, name): function for name, function in quantized.CONVERTERS.items()}
+    | {
+        (DOMAIN, name): function
+        for family in (quantized, convolution)
+        for name, function in family.CONVERTERS.items()
+    }
 )
 """Converters by domain and op type."""
 

@@ -10,11 +10,15 @@ from tvm import te, tirx
 
 from hal.kernels import batched_matmul as batched_kernels
 from hal.kernels import matmul as kernels
+from hal.kernels.vectors import vector_lanes
 from hal.targets.tvm.converters.elementwise import broadcast_index, elementwise
 from hal.targets.tvm.converters.shape import reshaped, transposed
 from hal.targets.tvm.dims import Dim, Refused, product
 from hal.targets.tvm.dtypes import FLOATS, NUMBERS
 from hal.targets.tvm.lowering import Op, Operand
+
+_FEWEST_LANES = 4
+"""Products whose columns divide into no vectors of that many are left to the compiler."""
 
 _BYTES = frozenset({ir.DataType.INT8, ir.DataType.UINT8})
 
@@ -49,8 +53,9 @@ def _with_weights(op: Op, a: Operand, b: Operand) -> Operand | None:
     if not (isinstance(k, int) and isinstance(n, int)) or k * n < 1024:
         return None
     shaping = op.context.shaping
-    kernel = kernels.row_major(k, n, shaping.lanes, shaping.registers, shaping.cores)
-    if kernel is None:
+    lanes = vector_lanes(n, shaping.lanes)
+    kernel = kernels.row_major(k, n, lanes, shaping.registers, shaping.cores)
+    if kernel is None or lanes < _FEWEST_LANES:
         return None
     rows = op.symbols.simplify(product(a.shape[:-1]))
     flat = reshaped(op, a, [rows, k])

@@ -25,7 +25,11 @@ def reshaped(op: Op, x: Operand, dims: Sequence[Dim]) -> Operand:
         return x
     if x.content is not None and all(isinstance(d, int) for d in dims):
         return op.context.from_content(x.content.reshape(dims), x.dtype)
-    return op.context.emit(relax.op.reshape(op.context.expr(x), list(dims)), x.dtype)
+    if x.reshaped_from is not None:  # two in a row would be fused to a copy; one is a view
+        return reshaped(op, x.reshaped_from, dims)
+    result = op.context.emit(relax.op.reshape(op.context.expr(x), list(dims)), x.dtype)
+    result.reshaped_from = x
+    return result
 
 
 def runtime_dims(op: Op, operand: Operand) -> list[Dim]:

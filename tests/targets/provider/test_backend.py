@@ -65,7 +65,7 @@ def test_an_environment_that_is_not_made_is_told(tmp_path: Path) -> None:
     target = str(described(tmp_path))
     with pytest.raises(TargetError, match=r"needs numpy, chip==1 in an environment") as caught:
         hal.compile(model(tmp_path), target=target, output=tmp_path / "m.hal")
-    assert caught.value.hint == "hal targets setup chip"
+    assert caught.value.hint == "hal targets setup chip:chip"
 
 
 def test_static_shapes_are_asked_for_by_name(tmp_path: Path) -> None:
