@@ -14,7 +14,8 @@ import numpy as np
 
 def send(stream: IO[bytes], head: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Write a message. ``head`` must be JSON; arrays keep their order, dtypes and shapes."""
-    plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    # Not ascontiguousarray, which makes a vector of a scalar.
+    plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     described = [
         {"name": n, "dtype": a.dtype.name, "shape": list(a.shape), "bytes": a.nbytes}
         for n, a in plain.items()

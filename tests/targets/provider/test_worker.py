@@ -74,6 +74,7 @@ def test_messages_survive_the_wire() -> None:
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array)
         assert found[name].dtype == array.dtype
+        assert found[name].shape == array.shape
     assert wire.receive(stream) is None
 
 
