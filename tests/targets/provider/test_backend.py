@@ -11,6 +11,9 @@ import pytest
 import hal
 from hal.errors import DescriptorError, TargetError, UnsupportedError
 from hal.targets import Registry, check_routes
+from hal.targets.provider.backend import judged
+from hal.targets.provider.options import Left
+from hal.targets.provider.serve import placed
 from tests.passes.toys import Toy
 
 DESCRIPTOR = """
@@ -73,3 +76,50 @@ def test_static_shapes_are_asked_for_by_name(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"static shapes only.*'x'.*'batch'") as caught:
         hal.compile(model(tmp_path, "batch"), target=target, output=tmp_path / "m.hal")
     assert "--dim batch=" in caught.value.hint
+
+
+def test_what_a_descriptor_leaves_out_is_told_by_op_input_and_constant() -> None:
+    toy = Toy(x=[2, 4], axes=[1])
+    fixed = toy("ReduceMean", toy.x, np.array([1]))
+    toy.output(toy("ReduceMean", fixed, toy.axes), "y")
+    graph = toy.graph()
+    constant, computed = graph.graph[0], graph.graph[-1]
+    always = Left(op="ReduceMean", reason="wrong")
+    given = Left(op="ReduceMean", input=1, reason="wrong")
+    unknown = Left(op="ReduceMean", input=1, computed=True, reason="wrong")
+    absent = Left(op="ReduceMean", input=2, reason="wrong")
+    other = Left(op="Pad", reason="wrong")
+    for left, expected in (
+        (always, (True, True)),
+        (given, (True, True)),
+        (unknown, (False, True)),
+        (absent, (False, False)),
+        (other, (False, False)),
+    ):
+        assert (left.applies(constant), left.applies(computed)) == expected
+
+
+def test_nodes_that_the_runtime_rewrites_with_what_a_provider_lacks_are_refused() -> None:
+    log = """
+ VerifyEachNodeIsAssignedToAnEp]  Node(s) placed on [CPUExecutionProvider]. Number of nodes: 2
+ VerifyEachNodeIsAssignedToAnEp]   Shape (size)
+ VerifyEachNodeIsAssignedToAnEp]   QuantizeLinear (QuantizeLinear_token_6)
+ VerifyEachNodeIsAssignedToAnEp]  Node(s) placed on [ChipExecutionProvider]. Number of nodes: 3
+ VerifyEachNodeIsAssignedToAnEp]   Conv (conv_token_1)
+ VerifyEachNodeIsAssignedToAnEp]   Transpose (Transpose_token_4)
+ VerifyEachNodeIsAssignedToAnEp]   Relu (relu)
+"""
+    told = {"all": False, **placed(log)}
+    assert judged(told, ["size", "conv", "relu"], "Chip") == {
+        "size": "Chip does not take it",
+        "conv": "the runtime rewrites it with nodes that Chip does not take",
+    }
+    harmless = {"all": False, **placed(log.replace("QuantizeLinear_token_6", "size"))}
+    assert judged(harmless, ["size", "conv", "relu"], "Chip") == {"size": "Chip does not take it"}
+    whole = {"all": True, "nodes": []}
+    assert judged(whole, ["conv"], "Chip") == {"conv": "Chip does not take it"}
+
+
+def test_a_log_that_names_no_node_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="does not say where"):
+        placed("nothing")
