@@ -135,7 +135,8 @@ class ProviderBackend(InOwnEnvironment):
 def _refusals(legal: Graph, worker: Worker, options: ProviderOptions) -> dict[str, str]:
     """Names of the nodes that are not the provider's, with the reasons.
 
-    The provider is asked about what is left once the descriptor's own refusals are taken out.
+    The provider is asked about what is left once the descriptor's own refusals are taken out, and
+    again about the segments that its answers leave: alone, it may not take what it took in company.
     """
     refused = {
         str(node.name): left.reason
@@ -143,25 +144,39 @@ def _refusals(legal: Graph, worker: Worker, options: ProviderOptions) -> dict[st
         for left in reversed(options.leaves)
         if left.applies(node)
     }
-    parts = [legal]
-    if refused:
-        verdicts = {
-            n: Verdict.no(refused[str(n.name)]) if n.name in refused else Verdict.yes()
-            for n in legal.graph
-        }
-        plan = partition.plan(legal, ProviderBackend.name, verdicts, _HOST)
-        parts = [
-            partition.extract(legal, segment, f"part_{index}")
-            for index, segment in enumerate(plan.segments)
-            if segment.backend == ProviderBackend.name
-        ]
-    for part in parts:
-        proto, weights = _stand_alone(part)
-        told, _ = worker.ask(
-            {"do": "assign", "weights": weights}, {"model": proto}, limit=options.seconds
-        )
-        refused |= judged(told, [str(n.name) for n in part.graph], options.provider)
-    return refused
+    asked: set[tuple[str | None, ...]] = set()
+    while True:
+        fresh = False
+        for part in _parts(legal, refused):
+            names = tuple(n.name for n in part.graph)
+            if names in asked:
+                continue
+            asked.add(names)
+            proto, weights = _stand_alone(part)
+            told, _ = worker.ask(
+                {"do": "assign", "weights": weights}, {"model": proto}, limit=options.seconds
+            )
+            found = judged(told, [str(name) for name in names], options.provider)
+            refused |= found
+            fresh |= bool(found)
+        if not fresh:
+            return refused
+
+
+def _parts(legal: Graph, refused: Mapping[str, str]) -> list[Graph]:
+    """The segments that are left for the provider without the refused nodes."""
+    if not refused:
+        return [legal]
+    verdicts = {
+        n: Verdict.no(refused[str(n.name)]) if n.name in refused else Verdict.yes()
+        for n in legal.graph
+    }
+    plan = partition.plan(legal, ProviderBackend.name, verdicts, _HOST)
+    return [
+        partition.extract(legal, segment, f"part_{index}")
+        for index, segment in enumerate(plan.segments)
+        if segment.backend == ProviderBackend.name
+    ]
 
 
 def judged(told: Mapping[str, Any], names: Sequence[str], provider: str) -> dict[str, str]:
