@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
 import hal
 from hal.errors import DescriptorError, TargetError, UnsupportedError
 from hal.targets import Registry, check_routes
-from hal.targets.provider.backend import judged
-from hal.targets.provider.options import Left
+from hal.targets.provider.backend import _refusals, judged
+from hal.targets.provider.options import Left, ProviderOptions
 from hal.targets.provider.serve import placed
+from hal.targets.provider.worker import Worker
 from tests.passes.toys import Toy
 
 DESCRIPTOR = """
@@ -123,3 +126,27 @@ def test_nodes_that_the_runtime_rewrites_with_what_a_provider_lacks_are_refused(
 def test_a_log_that_names_no_node_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="does not say where"):
         placed("nothing")
+
+
+class _Fickle:
+    """A worker whose provider takes ``Relu`` only in the company of ``MatMul``."""
+
+    def ask(
+        self, _head: dict[str, Any], arrays: dict[str, np.ndarray], *, limit: float
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        ops = {n.name: n.op_type for n in onnx.load_from_string(bytes(arrays["model"])).graph.node}
+        if "MatMul" not in ops.values():
+            return {"all": True, "nodes": []}, {}
+        return {"all": False, "nodes": [n for n, op in ops.items() if op == "MatMul"]}, {}
+
+
+def test_a_provider_is_asked_again_about_the_segments_that_its_answer_leaves() -> None:
+    toy = Toy(x=[2, 4])
+    product = toy("MatMul", toy.x, np.ones((4, 4), np.float32))
+    toy.output(toy("Relu", product), "y")
+    graph = toy.graph()
+    for index, node in enumerate(graph.graph):
+        node.name = f"{node.op_type}_{index}"
+    options = ProviderOptions(provider="Chip", packages=("chip==1",))
+    refused = _refusals(graph, cast("Worker", _Fickle()), options)
+    assert refused == dict.fromkeys(("MatMul_0", "Relu_1"), "Chip does not take it")
