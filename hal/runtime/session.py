@@ -76,7 +76,7 @@ class Session:
             executable = backend.load(segment["record"], context)
             parts.append((executable, segment["inputs"], segment["outputs"]))
         names = [s.name for s in self.outputs] + [s.output for s in self._state.by_value]
-        self.executable = SegmentedExecutable(parts, names)
+        self.executable = SegmentedExecutable(parts, names, plan.in_place() if plan else None)
 
     @property
     def plan(self) -> CachePlan | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import ml_dtypes  # noqa: F401 - registers the names of small dtypes with NumPy
@@ -20,6 +20,8 @@ import onnx_ir as ir
 from hal.descriptor import Descriptor
 from hal.errors import TargetError
 from hal.ir import Graph
+from hal.passes.fold import Fold
+from hal.targets import partition
 from hal.targets.backend import (
     BuildContext,
     Executable,
@@ -38,6 +40,7 @@ from hal.targets.provider.options import ProviderOptions
 from hal.targets.provider.worker import Remote, Worker
 
 _MODEL = "model.onnx"
+_HOST = "host"
 
 
 class ProviderBackend(InOwnEnvironment):
@@ -47,7 +50,7 @@ class ProviderBackend(InOwnEnvironment):
     options: ClassVar[type[RouteOptions]] = ProviderOptions
 
     def __init__(self) -> None:
-        self._left: weakref.WeakKeyDictionary[ir.Graph, frozenset[str | None]] = (
+        self._left: weakref.WeakKeyDictionary[ir.Graph, dict[str, str]] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -67,13 +70,10 @@ class ProviderBackend(InOwnEnvironment):
         options = ProviderOptions.of(descriptor)
         with _started(descriptor, options) as (worker, table):
             legal = legalize(graph, table)
+            # What can be computed now needs neither a kernel nor a place.
+            Fold().run(legal)
             name_nodes(legal.model)
-            proto, weights = stand_alone(legal)
-            told, _ = worker.ask(
-                {"do": "assign", "weights": weights}, {"model": proto}, limit=options.seconds
-            )
-        names = {n.name for n in legal.graph}
-        self._left[legal.graph] = frozenset(names if told["all"] else told["nodes"])
+            self._left[legal.graph] = _refusals(legal, worker, options)
         return legal
 
     def supports(self, node: ir.Node, descriptor: Descriptor) -> Verdict:
@@ -82,9 +82,8 @@ class ProviderBackend(InOwnEnvironment):
         left = self._left.get(graph) if isinstance(graph, ir.Graph) else None
         if left is None:
             return Verdict.no("the graph was not shown to the provider")
-        if node.name in left:
-            return Verdict.no(f"{ProviderOptions.of(descriptor).provider} does not take it")
-        return Verdict.yes()
+        reason = left.get(node.name or "")
+        return Verdict.yes() if reason is None else Verdict.no(reason)
 
     def build(self, graph: Graph, context: BuildContext) -> dict[str, Any]:
         """Write the segment's model; with ``offline`` the provider's finished programs."""
@@ -129,6 +128,70 @@ class ProviderBackend(InOwnEnvironment):
             worker.close()
             raise
         return Remote(worker, record, options.seconds)
+
+
+def _refusals(legal: Graph, worker: Worker, options: ProviderOptions) -> dict[str, str]:
+    """Names of the nodes that are not the provider's, with the reasons.
+
+    The provider is asked about what is left once the descriptor's own refusals are taken out, and
+    again about the segments that its answers leave: alone, it may not take what it took in company.
+    """
+    refused = {
+        str(node.name): left.reason
+        for node in legal.graph
+        for left in reversed(options.leaves)
+        if left.applies(node)
+    }
+    asked: set[tuple[str | None, ...]] = set()
+    while True:
+        fresh = False
+        for part in _parts(legal, refused):
+            names = tuple(n.name for n in part.graph)
+            if names in asked:
+                continue
+            asked.add(names)
+            proto, weights = stand_alone(part)
+            told, _ = worker.ask(
+                {"do": "assign", "weights": weights}, {"model": proto}, limit=options.seconds
+            )
+            found = judged(told, [str(name) for name in names], options.provider)
+            refused |= found
+            fresh |= bool(found)
+        if not fresh:
+            return refused
+
+
+def _parts(legal: Graph, refused: Mapping[str, str]) -> list[Graph]:
+    """The segments that are left for the provider without the refused nodes."""
+    if not refused:
+        return [legal]
+    verdicts = {
+        n: Verdict.no(refused[str(n.name)]) if n.name in refused else Verdict.yes()
+        for n in legal.graph
+    }
+    plan = partition.plan(legal, ProviderBackend.name, verdicts, _HOST)
+    return [
+        partition.extract(legal, segment, f"part_{index}")
+        for index, segment in enumerate(plan.segments)
+        if segment.backend == ProviderBackend.name
+    ]
+
+
+def judged(told: Mapping[str, Any], names: Sequence[str], provider: str) -> dict[str, str]:
+    """What a worker's answer about nodes of these names means: the refused ones, with reasons.
+
+    Where the runtime itself adds nodes that the provider does not take (around one whose layout
+    it changes), the nodes that it rewrote are refused: alone, the provider cannot run them.
+    """
+    if told["all"]:
+        return dict.fromkeys(names, f"{provider} does not take it")
+    refused = {n: f"{provider} does not take it" for n in told["nodes"] if n in names}
+    known = set(names)
+    if any(n not in known for n in told["nodes"]):
+        reason = f"the runtime rewrites it with nodes that {provider} does not take"
+        rewritten = [n for n in told.get("rewritten", ()) if n in known]
+        refused |= {n: reason for n in rewritten if n not in refused}
+    return refused
 
 
 class _started:  # noqa: N801 - used as a function

@@ -4,12 +4,41 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
+import onnx_ir as ir
+from pydantic import BaseModel, ConfigDict, Field
 
 from hal.targets.environments import Environment
 from hal.targets.own_environment import RouteOptions
 
 Option = str | int | float | bool
+
+
+class Left(BaseModel):
+    """Nodes that the provider must not be given, because it takes them and fails."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
+
+    op: str = Field(min_length=1)
+    """Op of ONNX."""
+    input: int | None = Field(default=None, ge=0)
+    """Only nodes that have this input."""
+    computed: bool = False
+    """Only nodes whose ``input`` is no constant."""
+    reason: str = Field(min_length=1)
+    """What is wrong with them; users read it."""
+
+    def applies(self, node: ir.Node) -> bool:
+        """Whether the node is one of them."""
+        if node.domain or node.op_type != self.op:
+            return False
+        if self.input is None:
+            return True
+        value = node.inputs[self.input] if self.input < len(node.inputs) else None
+        if value is None:
+            return False
+        return not self.computed or ir.convenience.get_const_tensor(value) is None
 
 
 class ProviderOptions(RouteOptions):
@@ -31,6 +60,8 @@ class ProviderOptions(RouteOptions):
     opset: int | None = Field(default=None, gt=0)
     """Newest operator set of ONNX that the provider has kernels for; absent: all that its runtime
     reads."""
+    leaves: tuple[Left, ...] = ()
+    """What goes to the host without the provider being asked."""
     offline: bool = False
     """Whether the provider's programs are made when a bundle is compiled, and stored in it."""
 

@@ -81,18 +81,7 @@ class Server:
         whole = re.search(r"All nodes placed on \[(\w+)\]", text)
         if whole:
             return {"all": whole[1] == CPU, "nodes": []}
-        left, on_cpu = [], False
-        for line in text.splitlines():
-            place = re.search(r"Node\(s\) placed on \[(\w+)\]", line)
-            if place:
-                on_cpu = place[1] == CPU
-            elif on_cpu and (
-                node := re.search(r"VerifyEachNodeIsAssignedToAnEp\]\s+\w+ \((.*)\)", line)
-            ):
-                left.append(node[1])
-        if not left:
-            raise RuntimeError("the runtime does not say where it placed the nodes")
-        return {"all": False, "nodes": left}
+        return {"all": False, **placed(text)}
 
     def compile(self, head: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         """Write a model whose nodes are the provider's finished programs."""
@@ -150,6 +139,26 @@ class Server:
         if self.provider not in session.get_providers():
             raise RuntimeError(f"{self.provider} did not start")
         return session
+
+
+def placed(log: str) -> dict[str, list[str]]:
+    """What a log says: ``nodes`` left for the CPU, and those that the runtime ``rewritten``.
+
+    A rewritten node has the name of the old one and a number; it may be anyone's.
+    """
+    left, rewritten, on_cpu = [], [], False
+    for line in log.splitlines():
+        place = re.search(r"Node\(s\) placed on \[(\w+)\]", line)
+        if place:
+            on_cpu = place[1] == CPU
+        elif node := re.search(r"VerifyEachNodeIsAssignedToAnEp\]\s+\w+ \((.*)\)", line):
+            if on_cpu:
+                left.append(node[1])
+            if copy := re.fullmatch(r"(.+)_token_\d+", node[1]):
+                rewritten.append(copy[1])
+    if not left:
+        raise RuntimeError("the runtime does not say where it placed the nodes")
+    return {"nodes": left, "rewritten": rewritten}
 
 
 if __name__ == "__main__":

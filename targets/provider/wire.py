@@ -14,6 +14,7 @@ import numpy as np
 
 def send(stream: IO[bytes], head: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Write a message. ``head`` must be JSON; arrays keep their order, dtypes and shapes."""
+    # Not ascontiguousarray, which makes a vector of a scalar.
     plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     described = [
         {"name": n, "dtype": a.dtype.name, "shape": list(a.shape), "bytes": a.nbytes}
