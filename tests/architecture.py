@@ -65,7 +65,10 @@ EXCEPTIONS = {
     ("hal.bundle.build", "hal"): "records hal.__version__",
     ("hal.compiler", "hal"): "records hal.__version__",
     ("hal.frontends.dynamo", "hal.compiler"): "checks options as hal.compile does",
-    ("hal.targets.provider.backend", "hal.passes.fold"): "what legalizing has made constant is folded",
+    (
+        "hal.targets.provider.backend",
+        "hal.passes.fold",
+    ): "what legalizing has made constant is folded",
     ("hal.frontends.dynamo", "hal"): "an entry point: torch.compile calls hal.compile through it",
 }
 """Imports against the direction, each with its reason."""
