@@ -136,7 +136,8 @@ def cheaper_on_host(
         elif not movable(node) or any(v.name in state for v in touched):
             cut.add_edge("target", node)
         else:
-            cut.add_edge("target", node, capacity=sum(map(value_bytes, touched)))
+            # One more: where both cost the same, the target was asked for.
+            cut.add_edge("target", node, capacity=1 + sum(map(value_bytes, touched)))
     known = set(nodes)
     for value, readers in users.items():
         maker = value.producer()

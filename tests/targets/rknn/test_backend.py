@@ -142,7 +142,7 @@ def test_images_keep_their_channels_first(tmp_path: Path, target: str) -> None:
 def test_what_the_toolkit_does_not_put_on_the_npu_goes_to_the_host(
     tmp_path: Path, target: str, op: str, reason: str
 ) -> None:
-    toy = Toy(x=[4, 4])
+    toy = Toy(x=[2, 4, 4])
     value = toy("MatMul", toy.x, np.eye(4, dtype=np.float32))
     value = toy(op, value)
     toy.output(toy("Relu", value), "y")
