@@ -26,7 +26,8 @@ HAL_API = "1"
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """Whether a backend can run here: ``present``, ``simulator`` or ``absent``, and why."""
+    """Whether a backend can run here, and why: ``present``, ``simulator``, ``absent``, or ``builds``
+    where it can build, and what it builds runs elsewhere."""
 
     status: str
     reason: str = ""
@@ -136,6 +137,13 @@ class Backend(abc.ABC):
         """What is wrong with a descriptor's route, in a sentence, or nothing.
 
         `hal targets validate` asks. What only another machine can know is not wrong.
+        """
+        return ""
+
+    def cannot_run(self, descriptor: Descriptor) -> str:
+        """Why what is built for a target does not run on this machine, in a phrase; empty if it does.
+
+        Such a build is not compared with the reference when it is made.
         """
         return ""
 

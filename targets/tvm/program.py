@@ -84,7 +84,11 @@ def use_threads(count: int | None) -> None:
 
 
 class Program:
-    """``main`` of a Relax virtual machine with its weights."""
+    """``main`` of a Relax virtual machine with its weights.
+
+    On a ``device`` with memory of its own, weights are copied there once; inputs, pools included,
+    are copied there in each call, and outputs and pools back.
+    """
 
     def __init__(
         self,
@@ -95,13 +99,18 @@ class Program:
         alive: Any = None,
         in_place: Mapping[str, str] | None = None,
         single: Sequence[tuple[str, int]] = (),
+        device: Any = None,
     ) -> None:
-        self._machine = relax.VirtualMachine(library, tvm.cpu())
+        self._device = device or tvm.cpu()
+        self._machine = relax.VirtualMachine(library, self._device)
         self._main = self._machine["main"]
         self._step = self._machine[STEP] if single else self._main
         self._single = tuple(single)
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
+        self._own_memory = self._device.dlpack_device_type() != tvm.cpu().dlpack_device_type()
+        if self._own_memory:
+            weights, alive = [tvm.runtime.tensor(w.numpy(), self._device) for w in weights], None
         self._weights = list(weights)
         self._alive = alive
         self._in_place = dict(in_place or {})
@@ -118,12 +127,17 @@ class Program:
         arguments = []
         for port in self.inputs:
             if port.name in self._pools:
-                arguments.append(self._shared(port.name, inputs[port.name]))
+                pool = inputs[port.name]
+                there = self._own_memory
+                arguments.append(
+                    tvm.runtime.tensor(pool, self._device) if there else self._shared(port.name, pool)
+                )
                 continue
             array = to_storage(np.asarray(inputs[port.name]), port.dtype)
             if array.dtype.name != STORED_AS[port.dtype]:
                 array = array.astype(STORED_AS[port.dtype])
-            arguments.append(tvm.runtime.tensor(np.ascontiguousarray(array).reshape(array.shape)))
+            whole = np.ascontiguousarray(array).reshape(array.shape)
+            arguments.append(tvm.runtime.tensor(whole, self._device))
         try:
             one = all(inputs[name].shape[axis] == 1 for name, axis in self._single)
             results = (self._step if one else self._main)(*arguments, *self._weights)
@@ -135,6 +149,10 @@ class Program:
                 f"the inputs do not fit the program: {shapes}: {str(error).splitlines()[-1]}",
                 "check the shapes against the signature",
             ) from error
+        if self._own_memory:
+            for port, argument in zip(self.inputs, arguments, strict=True):
+                if port.name in self._pools:
+                    np.copyto(inputs[port.name], argument.numpy())
         found = {name: inputs[pool] for name, pool in self._in_place.items()}
         for index, port in self._made:
             found[port.name] = from_storage(results[index].numpy(), port.dtype)

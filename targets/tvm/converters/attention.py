@@ -80,7 +80,7 @@ def _scores(op: Op, q: Operand, k: Operand) -> Operand:
         scale = 1.0 / math.sqrt(size)
     group = _group(q, k)
     wide = _wide(q)
-    if q.stored == "float32" and isinstance(size, int):
+    if q.stored == "float32" and isinstance(size, int) and not op.context.shaping.plain:
         lanes = op.context.shaping.lanes
         fast = kernels.scores(q.shape[1], k.shape[1], size, lanes, float(scale))
         shape = [*q.shape[:3], k.shape[2]]

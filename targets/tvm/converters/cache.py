@@ -29,7 +29,8 @@ def write(op: Op) -> Operand:
     pool, update, table, lengths = op.inputs()
     heads = _static(pool, 1, "the heads of a pool")
     channels = _static(pool, 3, "the channels of a pool")
-    kernel = kernels.write(heads, channels, pool.stored)
+    make = kernels.scatter if op.context.shaping.plain else kernels.write
+    kernel = make(heads, channels, pool.stored)
     return op.context.call_in_place(kernel, [pool, update, table, lengths], "cache_write")
 
 

@@ -118,6 +118,8 @@ def scatter_loop(
 
     ``write(out, tensors, t)`` gives the flat position in the result and the value.
     """
+    if op.context.shaping.plain:
+        raise Refused(f"{op.node.op_type} stores in order, which is one thread's work")
     total = op.symbols.simplify(product(x.shape))
     flat = [reshaped(op, o, [product(o.shape)]) for o in (x, *operands)]
 
