@@ -49,7 +49,7 @@ from hal.runtime.arrays import check_inputs
 from hal.runtime.cache_options import CacheOptions, parse_kv_cache
 from hal.runtime.memory import give_back, given_back_when_freed
 from hal.runtime.saved_state import state_digest
-from hal.runtime.session import Session, find_build
+from hal.runtime.session import Session, cannot_run, find_build
 from hal.targets import ResolvedTarget, require_usable, resolve
 
 SAMPLES = "samples.safetensors"
@@ -323,6 +323,8 @@ def _verify_builds(
     for name, record in manifest.builds.items():
         if isinstance(reference, str):
             record.verification = {"passed": None, "reason": reference}
+        elif why := cannot_run(record):
+            record.verification = {"passed": None, "reason": f"built, not run: {why}"}
         else:
             job.say(f"verifying {name}")
             record.verification = _verify_one(bundle, graph, reference, resolved.get(name, name))

@@ -475,11 +475,23 @@ def open_session(
         if probe.status == "absent":
             reasons.append(f"{name}: {probe.reason}")
             continue
+        if why := cannot_run(record):
+            reasons.append(f"{name}: {why}")
+            continue
         return Session(bundle, name, threads=threads, kv_layout=kv_layout)
     raise TargetError(
         "no build in the bundle can run here" + (f" ({'; '.join(reasons)})" if reasons else ""),
         f"add one for this machine: hal retarget {bundle.path} --target host -o OUT.hal",
     )
+
+
+def cannot_run(record: BuildRecord) -> str:
+    """Why a build does not run on this machine, in a phrase; empty if nothing speaks against it."""
+    for segment in record.segments:
+        chip = parse(segment.get("descriptor") or record.descriptor, record.target)
+        if why := load_backend(segment["backend"]).cannot_run(chip):
+            return why
+    return ""
 
 
 def find_build(target: str, builds: Iterable[str]) -> str | None:

@@ -99,24 +99,42 @@ def _pipeline(target: tvm.target.Target) -> Any:
 
     @tvm.transform.module_pass(opt_level=0)
     def passes(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
-        gpu = dlight.gpu
-        rules = (gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback())
         with target:
-            module = calls_of_kernels(dlight.ApplyDefaultSchedule(*rules))(module)
-            _require_scheduled(module)
-            return for_the_machine()(module)
+            return for_the_machine()(calls_of_kernels(_scheduled(target))(module))
 
     return passes
 
 
-def _require_scheduled(module: tvm.IRModule) -> None:
-    """Raise where a kernel would run on the host, which cannot see the memory of its arguments."""
-    for name, function in module.functions_items():
-        if isinstance(function, tirx.PrimFunc) and "threadIdx.x" not in function.script():
-            raise UnsupportedError(
-                f"no rule shapes the kernel {name.name_hint!r} for a GPU",
-                "report this; meanwhile use another route",
-            )
+def _scheduled(target: tvm.target.Target) -> Any:
+    """A pass that gives every kernel the schedule of the first rule that applies to it."""
+    gpu = dlight.gpu
+    rules = (gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback())
+
+    @tvm.transform.module_pass(opt_level=0)
+    def schedule(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        kernels = [(n, f) for n, f in module.functions_items() if isinstance(f, tirx.PrimFunc)]
+        for name, function in kernels:
+            found = next((s for r in rules if (s := _applied(r, function, target))), None)
+            if found is None:
+                raise UnsupportedError(
+                    f"no rule shapes the kernel {name.name_hint!r} for a GPU",
+                    "report this; meanwhile use another route",
+                )
+            module.update_func(name, found.with_attr("tirx.is_scheduled", True))
+        return module
+
+    return schedule
+
+
+def _applied(rule: Any, function: tirx.PrimFunc, target: tvm.target.Target) -> Any:
+    """A kernel as the rule schedules it, or None: TVM's rules stumble over what is not for them."""
+    try:
+        plan = rule.apply(function, target, False)
+    except Exception:  # noqa: BLE001 - a schedule that does not apply raises many kinds
+        return None
+    if isinstance(plan, list):
+        plan = plan[0] if plan else None
+    return None if plan is None else plan.mod["main"]
 
 
 def _argument(parameter: Any) -> str:
