@@ -84,13 +84,13 @@ def scatter(heads: int, channels: int, dtype: str) -> Any:
         pages = T.int64()
         page = T.int64()
         batch = T.int64()
-        new = T.int64()
+        count = T.int64()
         blocks = T.int64()
         pool = T.match_buffer(pool_data, (pages, heads, page, channels), dtype)
-        update = T.match_buffer(update_data, (batch, heads, new, channels), dtype)
+        update = T.match_buffer(update_data, (batch, heads, count, channels), dtype)
         table = T.match_buffer(table_data, (batch, blocks), "int32")
         lengths = T.match_buffer(lengths_data, (batch,), "int64")
-        for i, j, k, m in T.grid(batch, heads, new, channels):
+        for i, j, k, m in T.grid(batch, heads, count, channels):
             with T.sblock("write"):
                 b, h, s, c = T.axis.remap("SSSS", [i, j, k, m])
                 T.reads(update[b, h, s, c], table[b, 0:blocks], lengths[b])
