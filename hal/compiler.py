@@ -49,7 +49,7 @@ from hal.runtime.arrays import check_inputs
 from hal.runtime.cache_options import CacheOptions, parse_kv_cache
 from hal.runtime.memory import give_back, given_back_when_freed
 from hal.runtime.saved_state import state_digest
-from hal.runtime.session import Session, cannot_run, find_build
+from hal.runtime.session import NOT_RUN, Session, cannot_run, find_build
 from hal.targets import ResolvedTarget, require_usable, resolve
 
 SAMPLES = "samples.safetensors"
@@ -324,7 +324,7 @@ def _verify_builds(
         if isinstance(reference, str):
             record.verification = {"passed": None, "reason": reference}
         elif why := cannot_run(record):
-            record.verification = {"passed": None, "reason": f"built, not run: {why}"}
+            record.verification = {"passed": None, "reason": f"{NOT_RUN}: {why}"}
         else:
             job.say(f"verifying {name}")
             record.verification = _verify_one(bundle, graph, reference, resolved.get(name, name))

@@ -485,6 +485,10 @@ def open_session(
     )
 
 
+NOT_RUN = "built, not run"
+"""How the reason begins for which a build was not compared: it does not run on this machine."""
+
+
 def cannot_run(record: BuildRecord) -> str:
     """Why a build does not run on this machine, in a phrase; empty if nothing speaks against it."""
     for segment in record.segments:

@@ -65,7 +65,8 @@ class CudaBackend(InOwnEnvironment, TvmBackend):
         """As TVM's; all large weights are in files, so that another process can read the graph."""
         graph = graph.clone()
         externalize(graph, context.folder, context.bundle)
-        return super().build(graph, context)
+        record = super().build(graph, context)
+        return {**record, "notes": [*record["notes"], kernels_text(record)]}
 
     def write_library(
         self, graph: Graph, lowered: Lowered, context: BuildContext
@@ -109,8 +110,10 @@ class CudaBackend(InOwnEnvironment, TvmBackend):
             raise TargetError("the worker lowered another program than this process", "report this")
         return {"arch": options.target["arch"], "emulated": options.emulated, **answer}
 
-    def open_library(self, record: Mapping[str, Any], context: LoadContext) -> tuple[Any, Any]:
-        """Host code with the kernels beside it, and the GPU (emulated: the processor).
+    def open_library(
+        self, record: Mapping[str, Any], context: LoadContext
+    ) -> tuple[Any, Any, bool]:
+        """Host code with the kernels beside it, and the GPU (emulated: the processor, used alike).
 
         Raises:
             TargetError: there is no such GPU here.
@@ -123,7 +126,7 @@ class CudaBackend(InOwnEnvironment, TvmBackend):
                 f"the build for {context.descriptor.name!r} cannot run here: {why}",
                 "run the bundle where the GPU is, or retarget it: --target host",
             )
-        library, device = TvmBackend.open_library(self, record, context)
+        library, device, _ = TvmBackend.open_library(self, record, context)
         path = Path(context.files.extracted(f"{context.folder}/{record['kernels']}"))
         if record["emulated"]:
             kernels = tvm.runtime.load_module(str(path))
@@ -132,7 +135,23 @@ class CudaBackend(InOwnEnvironment, TvmBackend):
             kernels = open_kernels(path, options.binary, record["functions"], toolkit(options))
         for part in library.imports:
             part.import_module(kernels)
-        return library, device
+        return library, device, True
+
+
+def kernels_text(record: Mapping[str, Any]) -> str:
+    """A sentence about the kernels of a build, with the most that one of them needs of a GPU."""
+    known = list(record["functions"].values())
+
+    def most(what: str) -> str:
+        return f"{max((kernel[what] for kernel in known), default=0):,}"
+
+    text = f"{len(known)} kernels for {record['arch']} in {record['kernels']}"
+    if record["emulated"]:
+        return f"{text}, run by the processor: emulated"
+    return (
+        f"{text}: at most {most('threads')} threads and {most('shared')} bytes of shared memory in "
+        f"a block, {most('registers')} registers in a thread"
+    )
 
 
 def toolkit(options: CudaOptions) -> Path:

@@ -74,7 +74,7 @@ def _binary(made: Any, request: Mapping[str, Any], folder: Path, path: Path) -> 
 def _link(host: Any, path: Path, command: list[str]) -> None:
     import subprocess
 
-    from hal.targets.tvm.program import export
+    from hal.targets.tvm.compilation import export
 
     if not command:
         export(host, path)

@@ -27,7 +27,6 @@ from hal.ir.cache_plan import in_place
 from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
 from hal.targets.detect import usable_cores
 from hal.targets.reading import WeightReads
-from hal.targets.tvm.notes import weights_read
 from hal.targets.tvm.target import tvm_route, tvm_target
 
 if TYPE_CHECKING:
@@ -91,6 +90,8 @@ class TvmBackend(Backend):
 
     def weights_read(self, graph: Graph) -> WeightReads:
         """Counted on the weights as the kernels have them packed."""
+        from hal.targets.tvm.notes import weights_read
+
         return weights_read(graph.graph)
 
     def supports(self, node: ir.Node, descriptor: Descriptor) -> Verdict:
@@ -114,6 +115,7 @@ class TvmBackend(Backend):
         """
         _require_tvm()
         from hal.targets.tvm.lower import lower
+        from hal.targets.tvm.notes import weights_read
         from hal.targets.tvm.weights import record_weights
 
         lowered = lower(graph, self.shaping(context.descriptor))
@@ -141,7 +143,7 @@ class TvmBackend(Backend):
         Raises:
             UnsupportedError: it cannot be compiled.
         """
-        from hal.targets.tvm.program import compile_module, export
+        from hal.targets.tvm.compilation import compile_module, export
 
         route, target = tvm_route(context.descriptor), tvm_target(context.descriptor)
         lanes = self.shaping(context.descriptor).lanes
@@ -149,14 +151,16 @@ class TvmBackend(Backend):
         export(library, context.folder / LIBRARY, route.cross_compiler)
         return {}
 
-    def open_library(self, record: Mapping[str, Any], context: LoadContext) -> tuple[Any, Any]:
-        """A segment's library, and the device that it runs on."""
+    def open_library(
+        self, record: Mapping[str, Any], context: LoadContext
+    ) -> tuple[Any, Any, bool]:
+        """A segment's library, the device that it runs on, and whether that has its own memory."""
         import tvm
 
         from hal.targets.tvm.program import load_library
 
         path = context.files.extracted(f"{context.folder}/{record['library']}")
-        return load_library(Path(path)), tvm.cpu()
+        return load_library(Path(path)), tvm.cpu(), False
 
     def load(self, record: Mapping[str, Any], context: LoadContext) -> Executable:
         """Load the library and map the weights.
@@ -165,8 +169,7 @@ class TvmBackend(Backend):
             TargetError: the library was made for another machine or another TVM.
         """
         _require_tvm()
-        from hal.targets.tvm.lower import Port
-        from hal.targets.tvm.program import Program, use_threads
+        from hal.targets.tvm.program import Port, Program, use_threads
         from hal.targets.tvm.weights import Weight, load_weights
 
         use_threads(context.threads)
@@ -177,7 +180,7 @@ class TvmBackend(Backend):
             for side in ("inputs", "outputs")
         )
         try:
-            library, device = self.open_library(record, context)
+            library, device, own_memory = self.open_library(record, context)
             program = Program(
                 library,
                 inputs,
@@ -187,6 +190,7 @@ class TvmBackend(Backend):
                 in_place=record.get("in_place"),
                 single=[(name, axis) for name, axis in record.get("single", [])],
                 device=device,
+                own_memory=own_memory,
             )
         except HalError:
             raise

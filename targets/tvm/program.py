@@ -1,68 +1,37 @@
-"""From a Relax module to machine code, and a loaded program that takes and gives NumPy arrays."""
+"""A loaded program that takes and gives NumPy arrays; TVM's small runtime is enough for it."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import tvm
-from tvm import relax
+from tvm.runtime.vm import VirtualMachine
 
-from hal.errors import InputError, TargetError, UnsupportedError
+from hal.errors import InputError
 from hal.targets.detect import usable_cores
 from hal.targets.tvm.dtypes import STORED_AS, from_storage, to_storage
-from hal.targets.tvm.lower import STEP, Port
-from hal.targets.tvm.pipeline import pipeline
 from hal.targets.tvm.weights import ALIGNMENT, shared_tensor
 
-DEFAULT_TARGET = {"kind": "llvm"}
+STEP = "step"
+"""The function for one token of one row."""
 
 
-def compile_module(module: tvm.IRModule, target: Mapping[str, Any], lanes: int) -> Any:
-    """Compile for a TVM target given as its JSON dictionary; ``lanes`` float32 make a vector.
+@dataclasses.dataclass(frozen=True)
+class Port:
+    """An input or output of the program: its name and ONNX dtype."""
 
-    Raises:
-        UnsupportedError: code generation failed.
-    """
-    chosen = tvm.target.Target(dict(target))
-    try:
-        return tvm.compile(module, target=chosen, relax_pipeline=pipeline(chosen, lanes, STEP))
-    except Exception as error:  # TVM raises its own kinds
-        lines = str(error).strip().splitlines()
-        raise UnsupportedError(
-            f"TVM could not compile the graph: {lines[-1] if lines else repr(error)}",
-            "report this; meanwhile use another route",
-        ) from error
-
-
-def export(library: Any, path: Path, cross_compiler: str | None = None) -> None:
-    """Write the compiled module as a shared library.
-
-    Raises:
-        TargetError: there is no C compiler to link with, or it fails.
-    """
-    options = {}
-    if cross_compiler:
-        options["fcompile"] = tvm.support.cc.cross_compiler(cross_compiler)
-    elif not tvm.support.cc.get_cc():
-        raise TargetError(
-            "no C compiler was found, and TVM links its libraries with one",
-            "install gcc or clang, or set CXX to one",
-        )
-    try:
-        library.export_library(str(path), **options)
-    except RuntimeError as error:  # what the linker said
-        raise TargetError(
-            f"linking {path.name} failed: {(str(error).strip().splitlines() or ['?'])[-1]}",
-            "check the C compiler and the free disk space",
-        ) from error
+    name: str
+    dtype: ir.DataType
 
 
 def load_library(path: Path) -> Any:
-    """Load what :func:`export` wrote."""
+    """Load what :func:`hal.targets.tvm.compilation.export` wrote."""
     return tvm.runtime.load_module(str(path))
 
 
@@ -86,8 +55,8 @@ def use_threads(count: int | None) -> None:
 class Program:
     """``main`` of a Relax virtual machine with its weights.
 
-    On a ``device`` with memory of its own, weights are copied there once; inputs, pools included,
-    are copied there in each call, and outputs and pools back.
+    On a ``device`` with ``own_memory``, weights are copied there once; inputs, pools included, are
+    copied there in each call, and outputs and pools back.
     """
 
     def __init__(
@@ -100,15 +69,15 @@ class Program:
         in_place: Mapping[str, str] | None = None,
         single: Sequence[tuple[str, int]] = (),
         device: Any = None,
+        own_memory: bool = False,
     ) -> None:
-        self._device = device or tvm.cpu()
-        self._machine = relax.VirtualMachine(library, self._device)
+        self._device, self._own_memory = device or tvm.cpu(), own_memory
+        self._machine = VirtualMachine(library, self._device)
         self._main = self._machine["main"]
         self._step = self._machine[STEP] if single else self._main
         self._single = tuple(single)
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
-        self._own_memory = self._device.dlpack_device_type() != tvm.cpu().dlpack_device_type()
         if self._own_memory:
             weights, alive = [tvm.runtime.tensor(w.numpy(), self._device) for w in weights], None
         self._weights = list(weights)
