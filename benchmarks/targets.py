@@ -97,8 +97,9 @@ def tried(target: str, say: Any) -> dict[str, Any]:
         return {**row, "reason": error.message}
     for outcome in run_suite(model_cases(), target, native=False, limit=600):
         say(f"{target}: {outcome.name} {outcome.status}")
+        status = "built" if NOT_RUN in outcome.reason else outcome.status
         row["models"][outcome.name] = {
-            "status": "built" if NOT_RUN in outcome.reason else outcome.status, "reason": outcome.reason, "share": outcome.share,
+            "status": status, "reason": outcome.reason, "share": outcome.share,
             "max_error": outcome.max_error, "seconds": round(outcome.seconds, 1),
         }  # fmt: skip
     return {**row, "seconds": round(time.perf_counter() - start, 1)}

@@ -26,8 +26,10 @@ HAL_API = "1"
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """Whether a backend can run here, and why: ``present``, ``simulator``, ``absent``, or ``builds``
-    where it can build, and what it builds runs elsewhere."""
+    """Whether a backend can run here, and why.
+
+    ``present``, ``simulator``, ``absent``, or ``builds``: it builds here what runs elsewhere.
+    """
 
     status: str
     reason: str = ""
@@ -141,7 +143,7 @@ class Backend(abc.ABC):
         return ""
 
     def cannot_run(self, descriptor: Descriptor) -> str:
-        """Why what is built for a target does not run on this machine, in a phrase; empty if it does.
+        """Why what is built for a target does not run here, in a phrase; empty if it does.
 
         Such a build is not compared with the reference when it is made.
         """

@@ -27,6 +27,7 @@ from hal.targets.backend import LoadContext
 
 if TYPE_CHECKING:
     from hal.bundle.bundle import Bundle
+    from hal.bundle.manifest import BuildRecord
     from hal.runtime.generate import Completion, Generated, Prompt
 
 

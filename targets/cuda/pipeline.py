@@ -140,5 +140,3 @@ def _applied(rule: Any, function: tirx.PrimFunc, target: tvm.target.Target) -> A
 def _argument(parameter: Any) -> str:
     kind = str(parameter.ty.dtype) if hasattr(parameter.ty, "dtype") else "handle"
     return kind if re.fullmatch(r"(u?int|float|bool)\d*", kind) else "handle"
-
-

@@ -82,7 +82,10 @@ def _link(host: Any, path: Path, command: list[str]) -> None:
 
     def linked(output: str, objects: Any, **_: Any) -> None:
         done = subprocess.run(
-            [*command, *map(str, objects), "-o", output], capture_output=True, text=True, check=False
+            [*command, *map(str, objects), "-o", output],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             told = (done.stderr.strip().splitlines() or [str(done.returncode)])[0]

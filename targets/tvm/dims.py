@@ -22,13 +22,14 @@ class Refused(Exception):  # noqa: N818 - a verdict, not an error
     """A node (or a use of it) that this backend does not run; the text is the reason."""
 
 
-_RESERVED = frozenset(
-    "and asm auto bool break case catch char class const continue default delete do double else enum"
-    " explicit export extern false float for friend goto if inline int long mutable namespace new not"
-    " operator or private protected public register return short signed sizeof static struct switch"
-    " template this throw true try typedef typeid typename union unsigned using virtual void volatile"
-    " while xor".split()
-)
+_WORDS = """
+    and asm auto bool break case catch char class const continue default delete do double else enum
+    explicit export extern false float for friend goto if inline int long mutable namespace new not
+    operator or private protected public register return short signed sizeof static struct switch
+    template this throw true try typedef typeid typename union unsigned using virtual void volatile
+    while xor
+"""
+_RESERVED = frozenset(_WORDS.split())
 """What code generators for C++ print as it is, and its compilers do not take as a name."""
 
 

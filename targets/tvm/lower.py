@@ -22,6 +22,7 @@ from hal.targets.tvm.dtypes import STORED_AS
 from hal.targets.tvm.lowering import EMBED_BYTES, Lowering, Operand, Shaping
 from hal.targets.tvm.program import STEP, Port
 
+
 @dataclasses.dataclass(frozen=True)
 class Lowered:
     """A Relax module whose ``main`` takes ``inputs`` then ``weights`` and returns ``outputs``.

@@ -96,11 +96,7 @@ class Program:
         arguments = []
         for port in self.inputs:
             if port.name in self._pools:
-                pool = inputs[port.name]
-                there = self._own_memory
-                arguments.append(
-                    tvm.runtime.tensor(pool, self._device) if there else self._shared(port.name, pool)
-                )
+                arguments.append(self._pool(port.name, inputs[port.name]))
                 continue
             array = to_storage(np.asarray(inputs[port.name]), port.dtype)
             if array.dtype.name != STORED_AS[port.dtype]:
@@ -126,6 +122,12 @@ class Program:
         for index, port in self._made:
             found[port.name] = from_storage(results[index].numpy(), port.dtype)
         return found
+
+    def _pool(self, name: str, pool: np.ndarray) -> tvm.runtime.Tensor:
+        """A pool as the program can write it: over the same memory, or a copy on the device."""
+        if self._own_memory:
+            return tvm.runtime.tensor(pool, self._device)
+        return self._shared(name, pool)
 
     def _shared(self, name: str, pool: np.ndarray) -> tvm.runtime.Tensor:
         """A pool as a tensor over the same memory, which the program writes.

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
-
 from tvm import te, tirx
 
 from hal.kernels import moe

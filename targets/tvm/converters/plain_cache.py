@@ -63,8 +63,7 @@ class _Pages:
         return (nibble - 8).astype(_FLOAT) * factor
 
     def scores(self, op: Op, lengths: list[Operand], seen: Any) -> Operand:
-        """``[batch, heads, new, room]``, -inf where ``seen(lengths of the row, step, position)`` is
-        not."""
+        """``[batch, heads, new, room]``, -inf unless ``seen(lengths, step, position)``."""
         q = op.input(0)
         group, channels = _group(q, self.keys), q.shape[3]
         scale, softcap = float(op.attribute("scale", 1.0)), float(op.attribute("softcap", 0.0))
