@@ -141,7 +141,7 @@ def test_the_runtime_for_cuda_loads_and_launches_what_was_built(name: str, tmp_p
         env={**os.environ, **variables}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)["h200-sxm:cuda"]
+    figures = json.loads(done.stdout)["builds"]["h200-sxm:cuda"]
     assert figures["passed"]
     launched = re.search(r"launched (\d+)", done.stderr)
     copied = re.search(r"copied in (\d+), out (\d+)", done.stderr)
