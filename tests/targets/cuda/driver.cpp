@@ -44,7 +44,7 @@ LACKS(cudaEventSynchronize) LACKS(cudaGetDeviceProperties) LACKS(cudaGraphDestro
 LACKS(cudaGraphExecDestroy) LACKS(cudaGraphInstantiate) LACKS(cudaGraphLaunch)
 LACKS(cudaStreamBeginCapture) LACKS(cudaStreamCreate) LACKS(cudaStreamCreateWithFlags)
 LACKS(cudaStreamDestroy) LACKS(cudaStreamEndCapture) LACKS(cudaStreamWaitEvent)
-struct Told { ~Told() { fprintf(stderr, "copied in %ld, out %ld\n", copies_in, copies_out); } } told_copies;
+struct Copies { ~Copies() { fprintf(stderr, "copied in %ld, out %ld\n", copies_in, copies_out); } } told_copies;
 
 #else
 
@@ -90,6 +90,6 @@ API cuLaunchKernel(void *kernel, unsigned gx, unsigned gy, unsigned gz, unsigned
   config_t config = {{gx, gy, gz}, {bx, by, bz}};
   return cuLaunchKernelEx(&config, kernel, parameters, nullptr);
 }
-struct Told { ~Told() { fprintf(stderr, "launched %ld\n", launches); } } told_launches;
+struct Launches { ~Launches() { fprintf(stderr, "launched %ld\n", launches); } } told_launches;
 
 #endif

@@ -150,3 +150,19 @@ def test_the_runtime_for_cuda_loads_and_launches_what_was_built(name: str, tmp_p
     assert int(launched[1]) >= len(made.kernels) / 2
     assert int(copied[2]) >= 1
     assert tools.exists()
+
+
+@pytest.mark.parametrize(
+    ("quantize", "kv_cache"), [("w4a16-g32", "int4"), ("w8a8", "paged,int8"), (None, "paged")]
+)
+def test_codes_and_pages_are_right_in_the_emulation(
+    quantize: str | None, kv_cache: str, tmp_path: Path
+) -> None:
+    case = next(c for c in model_cases() if c.name == "language-model")
+    bundle = hal.compile(
+        case.write(tmp_path), target="h200-sxm:emulated", quantize=quantize, kv_cache=kv_cache
+    )
+    (record,) = bundle.manifest.builds.values()
+    assert record.verification is not None
+    assert record.verification["passed"]
+    assert record.placement["assigned"] == {"cuda": record.placement["nodes"]}
