@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,27 @@ def test_an_environment_that_is_not_made_is_told_with_what_makes_it(
     with pytest.raises(TargetError, match="nvidia-cuda-nvrtc") as caught:
         hal.compile(saved(perceptron(), tmp_path), target="h200-sxm:cuda")
     assert caught.value.hint == "hal targets setup h200-sxm:cuda"
+
+
+def slow_target(folder: Path, seconds: float) -> str:
+    file = folder / "gpu.toml"
+    file.write_text(
+        f'schema = 1\nname = "gpu"\nextends = "h200-sxm"\n[routes.emulated]\nseconds = {seconds}\n'
+    )
+    return f"{file}:emulated"
+
+
+def test_a_compilation_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"gpu did not finish 'compile' in 0\.05 s"):
+        hal.compile(saved(perceptron(), tmp_path), target=slow_target(tmp_path, 0.05))
+
+
+def test_a_worker_that_dies_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(TargetError, match="gpu died during 'compile': exit code 1"):
+        hal.compile(saved(perceptron(), tmp_path), target=slow_target(tmp_path, 60.5))
 
 
 # -- which device runs what -------------------------------------------------------------------

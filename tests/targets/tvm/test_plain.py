@@ -22,7 +22,7 @@ from hal.passes import default_pipeline
 from hal.targets import resolve
 from hal.targets.tvm.direct import compile_model
 from hal.targets.tvm.legalize import legalize
-from hal.targets.tvm.lower import lower
+from hal.targets.tvm.lower import check, lower
 from hal.targets.tvm.lowering import Shaping
 from tests import cache
 from tests.targets.tvm.support import model
@@ -147,6 +147,33 @@ def test_a_scatter_is_computed_from_the_side_of_its_results(reduction: str) -> N
     feeds = {"x": x, "i": indices, "u": updates}
     expected = evaluate(Graph(ir.from_proto(model(text))), feeds)["y"]
     np.testing.assert_allclose(run(text, feeds)["y"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "g (float[4,3] x, int64[2,1] i, float[2,3] u) => (float[4,3] y)"
+            " { y = ScatterND (x, i, u) }",
+            "one thread's work",
+        ),
+        (
+            "g (float[a,b] x, int64[2] s) => (float[c,d] y) { y = Reshape (x, s) }",
+            "would have to come from the device",
+        ),
+        (
+            "g (float[1,S,8] q, float[1,S,8] k, float[1,S,8] v) => (float[1,S,8] y, float[1,2,4,4] p)"
+            ' { y, p = LinearAttention <q_num_heads = 2, kv_num_heads = 2, update_rule = "linear">'
+            " (q, k, v) }",
+            "written for the vectors of a processor",
+        ),
+    ],
+)
+def test_what_needs_a_kernel_for_vectors_is_refused_with_the_reason(text: str, reason: str) -> None:
+    graph = Graph(ir.from_proto(model(text)))
+    (told,) = check(graph.graph, PLAIN).values()
+    assert reason in told
+    assert not check(graph.graph, Shaping())
 
 
 def test_an_expert_out_of_range_adds_nothing() -> None:
