@@ -24,7 +24,7 @@ from rich.console import Console
 import hal
 from hal.conformance import model_cases, run_suite
 from hal.errors import HalError
-from hal.runtime.session import NOT_RUN
+from hal.runtime.here import NOT_RUN
 from hal.targets import load_backend, resolve
 
 ROOT = Path(__file__).resolve().parents[1]

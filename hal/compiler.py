@@ -47,9 +47,10 @@ from hal.quantization import Plan, beside, parse_request, quantize_graph, resuma
 from hal.runtime import verification
 from hal.runtime.arrays import check_inputs
 from hal.runtime.cache_options import CacheOptions, parse_kv_cache
+from hal.runtime.here import NOT_RUN, cannot_run
 from hal.runtime.memory import give_back, given_back_when_freed
 from hal.runtime.saved_state import state_digest
-from hal.runtime.session import NOT_RUN, Session, cannot_run, find_build
+from hal.runtime.session import Session, find_build
 from hal.targets import ResolvedTarget, require_usable, resolve
 
 SAMPLES = "samples.safetensors"

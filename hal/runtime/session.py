@@ -19,6 +19,7 @@ from hal.ir.picks import LOGITS, PICK
 from hal.runtime import saved_state
 from hal.runtime.arrays import check_inputs
 from hal.runtime.executable import SegmentedExecutable
+from hal.runtime.here import cannot_run
 from hal.runtime.picks import Logits, check_logits, last_of, picked
 from hal.runtime.saved_state import SavedState
 from hal.runtime.state import CarriedState
@@ -27,7 +28,6 @@ from hal.targets.backend import LoadContext
 
 if TYPE_CHECKING:
     from hal.bundle.bundle import Bundle
-    from hal.bundle.manifest import BuildRecord
     from hal.runtime.generate import Completion, Generated, Prompt
 
 
@@ -472,10 +472,6 @@ def open_session(
         return Session(bundle, name, threads=threads, kv_layout=kv_layout)
     reasons = []
     for name, record in builds.items():
-        probe = load_backend(record.backend).probe()
-        if probe.status == "absent":
-            reasons.append(f"{name}: {probe.reason}")
-            continue
         if why := cannot_run(record):
             reasons.append(f"{name}: {why}")
             continue
@@ -484,19 +480,6 @@ def open_session(
         "no build in the bundle can run here" + (f" ({'; '.join(reasons)})" if reasons else ""),
         f"add one for this machine: hal retarget {bundle.path} --target host -o OUT.hal",
     )
-
-
-NOT_RUN = "built, not run"
-"""How the reason begins for which a build was not compared: it does not run on this machine."""
-
-
-def cannot_run(record: BuildRecord) -> str:
-    """Why a build does not run on this machine, in a phrase; empty if nothing speaks against it."""
-    for segment in record.segments:
-        chip = parse(segment.get("descriptor") or record.descriptor, record.target)
-        if why := load_backend(segment["backend"]).cannot_run(chip):
-            return why
-    return ""
 
 
 def find_build(target: str, builds: Iterable[str]) -> str | None:

@@ -21,7 +21,7 @@ import torch
 import hal
 from hal.conformance import ModelCase, model_cases, run_case
 from hal.errors import TargetError
-from hal.runtime.session import NOT_RUN
+from hal.runtime.here import NOT_RUN
 from hal.targets import load_backend, resolve
 from hal.targets.environments import Environment
 

@@ -18,7 +18,7 @@ import tvm
 import hal
 from hal.errors import DescriptorError, TargetError, UnsupportedError
 from hal.ir.evaluate import evaluate
-from hal.runtime.session import cannot_run
+from hal.runtime.here import cannot_run
 from hal.targets import load_backend, resolve
 from hal.targets.cuda import CudaBackend, CudaOptions, device
 from hal.targets.cuda.device import metadata, missing_device, runs
