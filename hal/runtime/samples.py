@@ -37,7 +37,7 @@ def sample_inputs(
 
 
 def integer_range(name: str, metadata: Mapping[str, Any]) -> tuple[int, int]:
-    """Of an integer input: the least value that :func:`sample_inputs` takes, the one after the last.
+    """The least value that :func:`sample_inputs` takes for an integer input, and the end.
 
     A mask has one value.
     """

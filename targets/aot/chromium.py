@@ -27,8 +27,9 @@ Answer = tuple[str, bytes]
 
 def size_of(port: dict[str, Any]) -> int:
     """Bytes of an input or output of ``model.json``."""
+    shape: list[int] = port["shape"]
     bits = port["dtype"].lstrip(string.ascii_lowercase) or "8"  # bool
-    return math.prod(port["shape"]) * int(bits) // 8
+    return math.prod(shape) * int(bits) // 8
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,18 +90,16 @@ def write_page(
         "name": name,
         "program": {"file": "model.wasm", "bytes": len(code)},
         "weights": {"file": "weights.bin", "bytes": weights.stat().st_size},
-        "inputs": [_port(*port, ranges) for port in record["inputs"]],
-        "outputs": [_port(*port) for port in record["outputs"]],
+        "inputs": [_port(port, ranges) for port in record["inputs"]],
+        "outputs": [_port(port) for port in record["outputs"]],
     }
     (folder / "model.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def _port(
-    name: str,
-    dtype: str,
-    shape: list[int],
-    ranges: Mapping[str, tuple[int, int]] | None = None,
+    port: Sequence[Any], ranges: Mapping[str, tuple[int, int]] | None = None
 ) -> dict[str, Any]:
+    name, dtype, shape = port
     kind = ir.DataType[dtype]
     found: dict[str, Any] = {"name": name, "dtype": _ARRAYS[kind], "shape": shape}
     if ranges is not None and not kind.is_floating_point():
