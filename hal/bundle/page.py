@@ -28,7 +28,8 @@ def write_page(bundle: Bundle, output: str | Path, target: str | None = None) ->
     if target and named is None:
         raise TargetError(
             f"the bundle has no build for {target!r}",
-            f"it has {', '.join(builds)}; hal retarget {bundle.path} --target {target} -o OTHER.hal",
+            f"it has {', '.join(builds) or 'none'}; make one: "
+            f"hal retarget {bundle.path} --target {target} -o OTHER.hal",
         )
     goal = checked_path(output, "output")
     with readable_os_errors(goal):
