@@ -14,6 +14,7 @@ const ARRAYS = {
 };
 const FORMAT = 1;
 const BAD_DESCRIPTOR = 8; // of WASI
+const WARM_UP = 500; // milliseconds
 
 /**
  * Load the model of a folder that `hal page` wrote; its weights are read once, here.
@@ -83,7 +84,8 @@ export class Model {
   }
 
   /**
-   * Milliseconds that a call takes: the median of `rounds`, each of as many calls as the clock can tell.
+   * Milliseconds that a call takes once it is warm: the median of `rounds`, each of so many calls
+   * that the clock can tell.
    *
    * @returns {Promise<{median: number, least: number, rounds: number, calls: number}>}
    * @throws {Error} as `run`
@@ -97,11 +99,16 @@ export class Model {
       }
       return performance.now() - start;
     };
+    // Engines compile what runs often a second time, and better, while it runs.
+    for (const start = performance.now(); performance.now() - start < WARM_UP; ) {
+      round(1);
+      await pause();
+    }
     let calls = 1; // browsers round their clock, some to a millisecond
     while (round(calls) < 10) calls *= 2;
     const found = [];
     for (let i = 0; i < rounds; i++) {
-      await new Promise((next) => setTimeout(next)); // lets the page answer
+      await pause(); // the page answers meanwhile
       found.push(round(calls) / calls);
     }
     found.sort((a, b) => a - b);
@@ -143,6 +150,7 @@ export class Model {
 /** An array of zeros for an input, to be filled. */
 export const emptyArray = ({ dtype, shape }) => new ARRAYS[dtype](length(shape));
 
+const pause = () => new Promise((next) => setTimeout(next));
 const length = (shape) => shape.reduce((a, b) => a * b, 1);
 
 async function got(url) {
