@@ -18,8 +18,8 @@ _WRITTEN_OUT = 16
 
 
 @functools.lru_cache(maxsize=256)
-def arrange(made: Plan) -> Any:
-    """``z[B, channels, extent]`` of ``x[B, channels, height, width]``; float32."""
+def arrange(made: Plan, dtype: str = "float32", border: int = 0) -> Any:
+    """``z[B, channels, extent]`` of ``x[B, channels, height, width]``, ``border`` around it."""
     g, to = made.geometry, made.arranged
     high, across = g.size
     with IRBuilder() as builder, T.prim_func(s_tir=True):
@@ -27,26 +27,28 @@ def arrange(made: Plan) -> Any:
         handles = [T.arg(name, T.handle()) for name in ("x", "z")]
         T.func_attr(ATTRIBUTES)
         batch = tirx.Var("batch", "int64")
-        x = T.match_buffer(handles[0], (batch, g.channels, high, across), "float32")
-        z = T.match_buffer(handles[1], (batch, g.channels, to.extent), "float32")
+        x = T.match_buffer(handles[0], (batch, g.channels, high, across), dtype)
+        z = T.match_buffer(handles[1], (batch, g.channels, to.extent), dtype)
         with T.sblock("root"):
             T.reads([x[0:batch, 0 : g.channels, 0:high, 0:across]])
             T.writes([z[0:batch, 0 : g.channels, 0 : to.extent]])
             with T.parallel(batch * i64(g.channels)) as task:
                 b = T.Bind(tirx.floordiv(task, i64(g.channels)))
                 c = T.Bind(tirx.floormod(task, i64(g.channels)))
-                arrange_channel(made, x, z, [b, c], [b, c])
+                arrange_channel(made, x, z, [b, c], [b, c], border)
     return builder.get()
 
 
-def arrange_channel(made: Plan, x: Any, z: Any, source: list[Any], target: list[Any]) -> None:
+def arrange_channel(
+    made: Plan, x: Any, z: Any, source: list[Any], target: list[Any], border: int
+) -> None:
     """Code that arranges the channel ``source`` of ``x``, two indices, as ``target`` of ``z``."""
     g, to = made.geometry, made.arranged
     (high, across), (top, left) = g.size, g.pads[:2]
 
     def clear(start: Any, count: int) -> None:
         with T.serial(i64(0), i64(count)) as i:
-            T.buffer_store(z, tirx.const(0.0, "float32"), [*target, start + i])
+            T.buffer_store(z, tirx.const(border, z.dtype), [*target, start + i])
 
     for number, (row, column) in enumerate(to.planes):
         # Columns whose source is inside, a stride apart.

@@ -170,7 +170,7 @@ def convolved(on: On) -> list[str]:
     z = device(np.zeros((2, 3, made.arranged.extent), np.float32))
     out = device(np.zeros((2, 5, sizes.out[0] * sizes.out[1]), np.float32))
     first = compiled(arrange.arrange(made), on.chip.target)
-    then = compiled(convolution.convolution(made, 2, low=0.0), on.chip.target)
+    then = compiled(convolution.convolution(made, 2, convolution.Floats(low=0.0)), on.chip.target)
     first.call(device(x), z)
     then.call(z, device(convolution_plan.pack(w, made)), device(bias), out)
     padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))

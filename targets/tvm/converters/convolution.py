@@ -38,7 +38,7 @@ def _plainly(
     op: Op, made: Plan, shape: Sequence[Dim], others: list[Operand], follows: dict[str, Any]
 ) -> Operand:
     cores = op.context.shaping.cores
-    code = kernels.convolution(made, cores, **follows)
+    code = kernels.convolution(made, cores, kernels.Floats(**follows))
     if made.alone:
         g, batch = made.geometry, shape[0]
         maps = reshaped(op, op.input(0), [batch, g.channels, *g.size])
@@ -55,7 +55,8 @@ def _in_tiles(
     batch, inner = shape[0], made.products.geometry
     z = _arranged(op, made.arranged)
     v = _call(op, winograd.scatter(made), [z], [batch, inner.channels, made.count], "scatter")
-    code = kernels.convolution(made.products, op.context.shaping.cores, bias=False)
+    terms = kernels.Floats(bias=False)
+    code = kernels.convolution(made.products, op.context.shaping.cores, terms)
     u = _call(op, code, [v, op.input(1)], [batch, inner.outputs, made.count])
     return _call(op, winograd.gather(made, **follows), [u, op.input(2), *others], shape, "gather")
 
