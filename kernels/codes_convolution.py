@@ -1,0 +1,307 @@
+"""Convolution and maxima of maps of 8-bit codes, four channels in a word of 32 bits.
+
+*Words* are ``int32[B, channels / 4, height * width]``: the codes of four neighbouring channels of
+one pixel, the first in the lowest byte. So the chip's dot product of four bytes takes the place of
+the float kernel's multiplication and addition, with the same shifted rows, planes and blocks
+(:mod:`hal.kernels.convolution`), and a word of weights is broadcast as a float is there.
+
+Sums are exact. What follows them in the graph follows here, in registers: scale, bias, a rounding
+to codes and back, a residual in words, limits, and the rounding to the codes that are stored, four
+channels to a word again. Codes count from 0 to 255 here, those of ``int8`` tensors are moved there
+with their zero points; where the chip's dot product takes signed bytes only, words hold them less
+128, which is a flip of their highest bits.
+
+Roofline: ``4 * 2 * height * wide * lanes`` operations on ``height + wide`` loads a tap.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script import builder as T  # noqa: N812
+
+from hal.kernels import convolution_plan
+from hal.kernels.convolution_plan import Geometry, Plan
+from hal.kernels.emitting import i64, vector
+from hal.kernels.quantized_layout import Dot
+from hal.kernels.vectors import span, spread
+
+PER_WORD = 4
+MOST = 255
+_FLIP = -0x7F7F7F80  # 0x80 in every byte
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """Codes of a tensor: ``code = clip(round(x / scale) + zero, 0, 255)``."""
+
+    scale: float
+    zero: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """What a convolution of codes sums, and what follows.
+
+    ``x`` are the input's codes. ``start`` (int32), ``factor`` and ``bias`` (float32) have an
+    element for each output channel, see :func:`pack`; ``middle`` rounds the sums before ``residual``
+    is added; limits apply to the sum; ``out`` are the codes that are stored, None: floats are.
+    """
+
+    dot: Dot
+    x: Rounding
+    out: Rounding | None
+    middle: Rounding | None = None
+    residual: Rounding | None = None
+    low: float | None = None
+    high: float | None = None
+    dtype: ClassVar[str] = "int32"
+    weighted: ClassVar[bool] = True
+
+    @property
+    def border(self) -> int:
+        """The input's zero point in each byte."""
+        return word_of(self.x.zero, self.dot)
+
+    def packed_shape(self, made: Plan) -> tuple[int, int, int]:
+        """With room for a vector behind the last channel."""
+        blocks, terms, height = made.packed_shape
+        return blocks, terms + -(-made.lanes // height) - 1, height
+
+    def corner_lanes(self, made: Plan) -> int:
+        """A whole vector, as the dot product has it; the last ones may be of other channels."""
+        return made.lanes
+
+    def parameters(self, made: Plan, batch: Any) -> dict[str, tuple[tuple[Any, ...], str]]:
+        """Start, factor and bias; the residual in words; the result in words or floats."""
+        g = made.geometry
+        pixels = g.out[0] * g.out[1]
+        words = (batch, g.outputs // PER_WORD, pixels)
+        each = (padded(made),)
+        kinds: dict[str, tuple[tuple[Any, ...], str]] = {
+            "start": (each, "int32"),
+            "factor": (each, "float32"),
+            "bias": (each, "float32"),
+        }
+        if self.residual:
+            kinds["residual"] = words, "int32"
+        kinds["out"] = (words, "int32") if self.out else ((batch, g.outputs, pixels), "float32")
+        return kinds
+
+    def first(self, buffers: dict[str, Any], channel: Any, lanes: int) -> Any:
+        """What takes the zero point off."""
+        return spread(buffers["start"][channel], lanes)
+
+    def add(self, total: Any, values: Any, factor: Any, lanes: int) -> Any:
+        """Four products."""
+        kind = vector("int8", PER_WORD * lanes)
+        a, b = tirx.reinterpret(kind, values), tirx.reinterpret(kind, factor)
+        return tirx.call_llvm_pure_intrin(vector("int32", lanes), self.dot.llvm, total, a, b)
+
+    def store(
+        self, made: Plan, buffers: dict[str, Any], at: Any, sums: list[list[Any]], places: list[Any]
+    ) -> None:
+        """Vectors of pixels: words of four channels, or floats."""
+        image, first, inner = at
+        for r in range(0, made.height, PER_WORD):
+            with T.If(inner + i64(r) < i64(made.geometry.outputs)), T.Then():
+                for j, place in enumerate(places):
+                    where = span(place, made.lanes)
+                    word = T.Bind(tirx.floordiv(first + i64(r), i64(PER_WORD)))
+                    values = []
+                    for k in range(PER_WORD):
+                        channel = first + i64(r + k)
+                        given = [
+                            spread(buffers[n][channel], made.lanes) for n in ("factor", "bias")
+                        ]
+                        byte = self._residual(buffers, image, word, where, made.lanes, k)
+                        values.append(self._value(sums[r + k][j], *given, byte, made.lanes))
+                    if self.out:
+                        total = _word(values, self.dot, made.lanes)
+                        T.buffer_store(buffers["out"], total, [image, word, where])
+                        continue
+                    for k, value in enumerate(values):
+                        T.buffer_store(buffers["out"], value, [image, first + i64(r + k), where])
+
+    def store_corner(
+        self, made: Plan, buffers: dict[str, Any], at: Any, totals: list[Any], places: list[Any]
+    ) -> None:
+        """Vectors of channels, of which those of the block count."""
+        image, first, inner = at
+        lanes = made.lanes
+        each = span(first, lanes)
+        start, factor, bias = (T.Bind(buffers[n][each]) for n in ("start", "factor", "bias"))
+        for total, place in zip(totals, places, strict=True):
+            byte = None
+            if self.residual:
+                found = []
+                for q in range(lanes // PER_WORD):
+                    last = i64(made.geometry.outputs // PER_WORD - 1)
+                    word = tirx.min(tirx.floordiv(first, i64(PER_WORD)) + i64(q), last)
+                    found.append(_flipped(buffers["residual"][image, word, place], self.dot, 1))
+                whole = tirx.Shuffle(found, [tirx.const(q, "int32") for q in range(len(found))])
+                kind = vector("uint8", lanes)
+                byte = tirx.reinterpret(kind, whole).astype(vector("int32", lanes))
+            value = T.Bind(self._value(total + start, factor, bias, byte, lanes))
+            if self.out:
+                codes = value.astype(vector("uint8", lanes))
+                packed = T.Bind(tirx.reinterpret(vector("int32", lanes // PER_WORD), codes))
+            for r in range(made.height):
+                with T.If(inner + i64(r) < i64(made.geometry.outputs)), T.Then():
+                    if not self.out:
+                        one = tirx.Shuffle([value], [r])
+                        T.buffer_store(buffers["out"], one, [image, first + i64(r), place])
+                    elif r % PER_WORD == 0:
+                        one = _flipped(tirx.Shuffle([packed], [r // PER_WORD]), self.dot, 1)
+                        word = tirx.floordiv(first, i64(PER_WORD)) + i64(r // PER_WORD)
+                        T.buffer_store(buffers["out"], one, [image, word, place])
+
+    def _residual(
+        self, buffers: dict[str, Any], image: Any, word: Any, where: Any, lanes: int, k: int
+    ) -> Any:
+        """The ``k``-th byte of the residual's words, int32."""
+        if not self.residual:
+            return None
+        word = _flipped(buffers["residual"][image, word, where], self.dot, lanes)
+        shifted = tirx.shift_right(word, spread(tirx.const(8 * k, "int32"), lanes)) if k else word
+        return tirx.bitwise_and(shifted, spread(tirx.const(MOST, "int32"), lanes))
+
+    def _value(self, total: Any, factor: Any, bias: Any, byte: Any, lanes: int) -> Any:
+        """Codes (int32) or floats of sums."""
+        unit = self.out.scale if self.out else 1.0
+
+        def number(x: float) -> Any:
+            return spread(tirx.const(x, "float32"), lanes)
+
+        value = total.astype(vector("float32", lanes)) * factor + bias
+        if self.middle:
+            value = _rounded(value, self.middle, lanes) * number(self.middle.scale / unit)
+        if self.residual:
+            zero = spread(tirx.const(self.residual.zero, "int32"), lanes)
+            other = (byte - zero).astype(vector("float32", lanes))
+            value = value + other * number(self.residual.scale / unit)
+        for limit, choose in ((self.low, tirx.max), (self.high, tirx.min)):
+            if limit is not None:
+                value = choose(value, number(limit / unit))
+        if not self.out:
+            return value
+        codes = _rounded(value, self.out, lanes).astype(vector("int32", lanes))
+        return codes + spread(tirx.const(self.out.zero, "int32"), lanes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Largest:
+    """The largest of the window, for each byte of a word; without weights."""
+
+    dot: Dot
+    dtype: ClassVar[str] = "int32"
+    weighted: ClassVar[bool] = False
+
+    @property
+    def border(self) -> int:
+        """The smallest code."""
+        return word_of(0, self.dot)
+
+    def packed_shape(self, made: Plan) -> tuple[int, int, int]:
+        """There are none."""
+        raise NotImplementedError
+
+    def corner_lanes(self, made: Plan) -> int:
+        """There is no corner of a single channel."""
+        raise NotImplementedError
+
+    def parameters(self, made: Plan, batch: Any) -> dict[str, tuple[tuple[Any, ...], str]]:
+        """The result."""
+        g = made.geometry
+        return {"out": ((batch, g.outputs, g.out[0] * g.out[1]), "int32")}
+
+    def first(self, buffers: dict[str, Any], channel: Any, lanes: int) -> Any:
+        """The smallest."""
+        return spread(tirx.const(self.border, "int32"), lanes)
+
+    def add(self, total: Any, values: Any, factor: Any, lanes: int) -> Any:
+        """The larger of two, byte by byte."""
+        kind = vector("int8" if self.dot.signed else "uint8", PER_WORD * lanes)
+        larger = tirx.max(tirx.reinterpret(kind, total), tirx.reinterpret(kind, values))
+        return tirx.reinterpret(vector("int32", lanes), larger)
+
+    def store(
+        self, made: Plan, buffers: dict[str, Any], at: Any, sums: list[list[Any]], places: list[Any]
+    ) -> None:
+        """Vectors of words."""
+        image, first, _ = at
+        for total, place in zip(sums[0], places, strict=True):
+            T.buffer_store(buffers["out"], total, [image, first, span(place, made.lanes)])
+
+    def store_corner(
+        self, made: Plan, buffers: dict[str, Any], at: Any, totals: list[Any], places: list[Any]
+    ) -> None:
+        """There is none."""
+        raise NotImplementedError
+
+
+def plan(geometry: Geometry, dot: Dot, registers: int) -> Plan | None:
+    """How to compute it; ``geometry`` counts channels, not words. None: there is no kernel."""
+    if geometry.groups != 1:
+        return None
+    words = dataclasses.replace(
+        geometry,
+        channels=-(-geometry.channels // PER_WORD),
+        outputs=geometry.outputs + -geometry.outputs % PER_WORD,
+    )
+    return convolution_plan.plan(words, dot.lanes, registers, PER_WORD)
+
+
+def padded(made: Plan) -> int:
+    """Elements of what there is for each output channel, with room for a vector behind them."""
+    return made.packed_shape[0] * made.height + made.lanes
+
+
+def pack(weights: np.ndarray, made: Plan) -> np.ndarray:
+    """Codes ``int8[outputs, channels, *window]`` as words, int32 of :meth:`Codes.packed_shape`."""
+    g = made.geometry
+    outputs, channels = weights.shape[:2]
+    missing = ((0, g.outputs - outputs), (0, PER_WORD * g.channels - channels), (0, 0))
+    codes = np.pad(weights.reshape(outputs, channels, -1), missing)
+    codes = codes.reshape(g.outputs, g.channels, PER_WORD, -1).transpose(0, 1, 3, 2)
+    words = np.ascontiguousarray(codes).view(np.int32)[..., 0]
+    room = -(-made.lanes // made.height) - 1
+    return np.pad(convolution_plan.pack(words, made), ((0, 0), (0, room), (0, 0)))
+
+
+def starts(weights: np.ndarray, zero: int, made: Plan, dot: Dot) -> np.ndarray:
+    """What sums start from so that the input's zero point counts as nothing, int32."""
+    sums = weights.reshape(len(weights), -1).sum(1, dtype=np.int64)
+    given = (sums * ((128 if dot.signed else 0) - zero)).astype(np.int32)
+    return np.pad(given, (0, padded(made) - len(given)))
+
+
+def word_of(code: int, dot: Dot) -> int:
+    """A code in each byte of a word."""
+    byte = code ^ 0x80 if dot.signed else code
+    return int(np.array([byte] * PER_WORD, np.uint8).view(np.int32)[0])
+
+
+def _flipped(word: Any, dot: Dot, lanes: int) -> Any:
+    """Codes as the dot product takes them, or back."""
+    if not dot.signed:
+        return word
+    return tirx.bitwise_xor(word, spread(tirx.const(_FLIP, "int32"), lanes))
+
+
+def _word(codes: list[Any], dot: Dot, lanes: int) -> Any:
+    """Words of the codes of four channels."""
+    total = codes[0]
+    for k, code in enumerate(codes[1:], 1):
+        shifted = tirx.shift_left(code, spread(tirx.const(8 * k, "int32"), lanes))
+        total = tirx.bitwise_or(total, shifted)
+    return _flipped(total, dot, lanes)
+
+
+def _rounded(value: Any, to: Rounding, lanes: int) -> Any:
+    """Floats of codes less their zero point; of halves to the even one, as ONNX rounds."""
+    low, high = (spread(tirx.const(float(x - to.zero), "float32"), lanes) for x in (0, MOST))
+    return tirx.nearbyint(tirx.min(tirx.max(value, low), high))
