@@ -255,6 +255,12 @@ def plan(geometry: Geometry, dot: Dot, registers: int) -> Plan | None:
     return convolution_plan.plan(words, dot.lanes, registers, PER_WORD)
 
 
+def largest_plan(geometry: Geometry, dot: Dot, registers: int) -> Plan | None:
+    """How to compute the largest of windows; ``geometry`` counts words, each a group by itself."""
+    made = convolution_plan.plan(geometry, dot.lanes, registers)
+    return dataclasses.replace(made, height=1, wide=1, corner=0) if made else None
+
+
 def padded(made: Plan) -> int:
     """Elements of what there is for each output channel, with room for a vector behind them."""
     return made.packed_shape[0] * made.height + made.lanes
