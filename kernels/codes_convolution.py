@@ -178,18 +178,21 @@ class Codes:
 
         value = total.astype(vector("float32", lanes)) * factor + bias
         if self.middle:
-            value = _rounded(value, self.middle, lanes) * number(self.middle.scale / unit)
+            rounded = tirx.nearbyint(_limited(value, *_bounds(self.middle), lanes))
+            value = rounded * number(self.middle.scale / unit)
         if self.residual:
-            zero = spread(tirx.const(self.residual.zero, "int32"), lanes)
-            other = (byte - zero).astype(vector("float32", lanes))
-            value = value + other * number(self.residual.scale / unit)
-        for limit, choose in ((self.low, tirx.max), (self.high, tirx.min)):
-            if limit is not None:
-                value = choose(value, number(limit / unit))
+            per = self.residual.scale / unit
+            value = value + number(-self.residual.zero * per)
+            value = value + byte.astype(vector("float32", lanes)) * number(per)
+        low, high = (None if limit is None else limit / unit for limit in (self.low, self.high))
         if not self.out:
-            return value
-        codes = _rounded(value, self.out, lanes).astype(vector("int32", lanes))
-        return codes + spread(tirx.const(self.out.zero, "int32"), lanes)
+            return _limited(value, low, high, lanes)
+        least, most = _bounds(self.out)
+        least = least if low is None else min(max(low, least), most)
+        most = most if high is None else max(min(high, most), least)
+        codes = tirx.nearbyint(_limited(value, least, most, lanes))
+        zero = spread(tirx.const(self.out.zero, "int32"), lanes)
+        return codes.astype(vector("int32", lanes)) + zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,7 +310,13 @@ def _word(codes: list[Any], dot: Dot, lanes: int) -> Any:
     return _flipped(total, dot, lanes)
 
 
-def _rounded(value: Any, to: Rounding, lanes: int) -> Any:
-    """Floats of codes less their zero point; of halves to the even one, as ONNX rounds."""
-    low, high = (spread(tirx.const(float(x - to.zero), "float32"), lanes) for x in (0, MOST))
-    return tirx.nearbyint(tirx.min(tirx.max(value, low), high))
+def _bounds(to: Rounding) -> tuple[float, float]:
+    """Of codes less their zero point; rounding to even ones, as ONNX does, stays within."""
+    return float(-to.zero), float(MOST - to.zero)
+
+
+def _limited(value: Any, low: float | None, high: float | None, lanes: int) -> Any:
+    for limit, choose in ((low, tirx.max), (high, tirx.min)):
+        if limit is not None:
+            value = choose(value, spread(tirx.const(limit, "float32"), lanes))
+    return value

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
@@ -34,6 +35,15 @@ from hal.kernels.vectors import span, spread
 
 _NEAR_BYTES = 1 << 18
 """What a task reads of the input for one block of channels, so that the next finds it near."""
+
+_FAR_BYTES = 1 << 19
+"""Weights that come from far: a core's own memory does not hold them beside the input."""
+
+_ASKED, _LINE, _WORD = 2048, 64, 4
+"""Bytes of such weights that are asked for at once, so much ahead; of a cache line, of a weight.
+
+Where pages are small, machines do not find the next one by themselves.
+"""
 
 _TASKS_PER_CORE = 4
 
@@ -264,7 +274,7 @@ def _tile(
         start = terms.first(buffers, first + i64(r), lanes)
         for j in range(len(places)):
             T.buffer_store(sums, start, [r * made.wide + j])
-    with T.serial(i64(0), i64(g.depth)) as c:
+    def products(c: Any) -> None:
         for tap, offset in enumerate(to.offsets):
             start = run * i64(to.step) + i64(offset)
             inputs = [T.Bind(z[row, channels + c, span(start + place, lanes)]) for place in places]
@@ -275,9 +285,34 @@ def _tile(
                 for j, values in enumerate(inputs):
                     cell = r * made.wide + j
                     T.buffer_store(sums, terms.add(sums[cell], values, factor, lanes), [cell])
+
+    shape = terms.packed_shape(made) if terms.weighted else (0, 0, 0)
+    if math.prod(shape) * _WORD < _FAR_BYTES:
+        with T.serial(i64(0), i64(g.depth)) as c:
+            products(c)
+    else:
+        # In a loop of its own: LLVM spills sums in a loop that asks for memory.
+        each = g.taps * made.height * _WORD
+        divisors = [d for d in range(1, g.depth + 1) if not g.depth % d]
+        part = next((d for d in divisors if d * each >= _ASKED), g.depth)
+        with T.serial(i64(0), i64(g.depth // part)) as p:
+            _ask(buffers["w"], shape, block, p * i64(part * g.taps), part * g.taps)
+            with T.serial(i64(0), i64(part)) as c:
+                products(p * i64(part) + c)
     found = [[sums[r * made.wide + j] for j in range(len(places))] for r in range(made.height)]
     indices = [run * i64(to.length) + place for place in places]
     terms.store(made, buffers, (image, first, inner), found, indices)
+
+
+def _ask(w: Any, shape: tuple[int, int, int], block: Any, term: Any, count: int) -> None:
+    """Ask for the weights that come a while after ``count`` terms; beyond the last no harm is done."""
+    _, terms, height = shape
+    later = -(-_ASKED // (_WORD * height * count)) * count
+    start = block * i64(terms) + term + i64(later)
+    for word in range(0, count * height, _LINE // _WORD):
+        place = tirx.address_of(w[i64(0), start, i64(word)])
+        how = [tirx.const(number, "int32") for number in (0, 3, 1)]  # to read, keep, data
+        T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", place, *how))
 
 
 def _corner(made: Plan, buffers: dict[str, Any], at: _Place, terms: Terms) -> None:
