@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
@@ -40,9 +41,18 @@ def arrange(made: Plan, dtype: str = "float32", border: int = 0) -> Any:
 
 
 def arrange_channel(
-    made: Plan, x: Any, z: Any, source: list[Any], target: list[Any], border: int
+    made: Plan,
+    x: Any,
+    z: Any,
+    source: list[Any],
+    target: list[Any],
+    border: int,
+    read: Callable[[Any, int], Any] = lambda values, _: values,
 ) -> None:
-    """Code that arranges the channel ``source`` of ``x``, two indices, as ``target`` of ``z``."""
+    """Code that arranges the channel ``source`` of ``x``, two indices, as ``target`` of ``z``.
+
+    ``read`` makes elements of ``z`` of those of ``x``, so many lanes at a time.
+    """
     g, to = made.geometry, made.arranged
     (high, across), (top, left) = g.size, g.pads[:2]
 
@@ -72,6 +82,7 @@ def arrange_channel(
                         g.strides[1],
                         across,
                         made.lanes,
+                        read,
                     )
                     if end < to.pitch:
                         clear(start + i64(end), to.pitch - end)
@@ -89,12 +100,14 @@ def _take(
     stride: int,
     across: int,
     lanes: int,
+    read: Callable[[Any, int], Any],
 ) -> None:
     """Copy ``count`` elements of a row from ``first`` on, ``stride`` apart, to neighbours."""
+    lanes = min(lanes, 1 << max(count, 1).bit_length() - 1)
     starts = [min(v, count - lanes) for v in range(0, count, lanes)]
-    if stride != 2 or count < lanes or len(starts) > _WRITTEN_OUT:
+    if stride != 2 or lanes < 2 or len(starts) > _WRITTEN_OUT:
         with T.serial(i64(0), i64(count)) as i:
-            T.buffer_store(z, x[(*row, i * i64(stride) + i64(first))], [*to[:2], to[2] + i])
+            T.buffer_store(z, read(x[(*row, i * i64(stride) + i64(first))], 1), [*to[:2], to[2] + i])
         return
     for start in starts:
         # Two vectors of which every second element counts, from an even place or an odd one:
@@ -109,4 +122,4 @@ def _take(
             both = x[(*row, span(i64(place), 2 * lanes))]
             order = [tirx.const(2 * i + odd, "int32") for i in range(lanes)]
             value = tirx.Shuffle([both], order)
-        T.buffer_store(z, value, [*to[:2], span(to[2] + i64(start), lanes)])
+        T.buffer_store(z, read(value, lanes), [*to[:2], span(to[2] + i64(start), lanes)])

@@ -31,6 +31,12 @@ from hal.kernels.vectors import span, spread
 
 PER_WORD = 4
 MOST = 255
+_EXACT = 1 << 24
+"""Whole numbers below it are exact in float32."""
+_WHOLE = 1.5 * 2**23
+_WHOLE_BITS = int(np.float32(_WHOLE).view(np.int32))
+"""A number that, added to one below 2^22, has it rounded to the even whole one in its last bits."""
+
 _FLIP = -0x7F7F7F80  # 0x80 in every byte
 
 
@@ -59,12 +65,18 @@ class Codes:
     low: float | None = None
     high: float | None = None
     dtype: ClassVar[str] = "int32"
+    given: ClassVar[str] = "int32"
+    planes: ClassVar[int] = 1
     weighted: ClassVar[bool] = True
 
     @property
     def border(self) -> int:
         """The input's zero point in each byte."""
         return word_of(self.x.zero, self.dot)
+
+    def read(self, values: Any, lanes: int, plane: int) -> Any:
+        """As it is."""
+        return values
 
     def packed_shape(self, made: Plan) -> tuple[int, int, int]:
         """With room for a vector behind the last channel."""
@@ -120,7 +132,7 @@ class Codes:
                         byte = self._residual(buffers, image, word, where, made.lanes, k)
                         values.append(self._value(sums[r + k][j], *given, byte, made.lanes))
                     if self.out:
-                        total = _word(values, self.dot, made.lanes)
+                        total = _word(values, self.out.zero, self.dot, made.lanes)
                         T.buffer_store(buffers["out"], total, [image, word, where])
                         continue
                     for k, value in enumerate(values):
@@ -147,7 +159,8 @@ class Codes:
                 byte = tirx.reinterpret(kind, whole).astype(vector("int32", lanes))
             value = T.Bind(self._value(total + start, factor, bias, byte, lanes))
             if self.out:
-                codes = value.astype(vector("uint8", lanes))
+                least = spread(tirx.const(_WHOLE_BITS - self.out.zero, "int32"), lanes)
+                codes = (value - least).astype(vector("uint8", lanes))
                 packed = T.Bind(tirx.reinterpret(vector("int32", lanes // PER_WORD), codes))
             for r in range(made.height):
                 with T.If(inner + i64(r) < i64(made.geometry.outputs)), T.Then():
@@ -165,12 +178,10 @@ class Codes:
         """The ``k``-th byte of the residual's words, int32."""
         if not self.residual:
             return None
-        word = _flipped(buffers["residual"][image, word, where], self.dot, lanes)
-        shifted = tirx.shift_right(word, spread(tirx.const(8 * k, "int32"), lanes)) if k else word
-        return tirx.bitwise_and(shifted, spread(tirx.const(MOST, "int32"), lanes))
+        return _byte(_flipped(buffers["residual"][image, word, where], self.dot, lanes), k, lanes)
 
     def _value(self, total: Any, factor: Any, bias: Any, byte: Any, lanes: int) -> Any:
-        """Codes (int32) or floats of sums."""
+        """Floats of sums, or their codes less the zero point and more :data:`_WHOLE_BITS`, int32."""
         unit = self.out.scale if self.out else 1.0
 
         def number(x: float) -> Any:
@@ -190,9 +201,43 @@ class Codes:
         least, most = _bounds(self.out)
         least = least if low is None else min(max(low, least), most)
         most = most if high is None else max(min(high, most), least)
-        codes = tirx.nearbyint(_limited(value, least, most, lanes))
-        zero = spread(tirx.const(self.out.zero, "int32"), lanes)
-        return codes.astype(vector("int32", lanes)) + zero
+        whole = _limited(value, least, most, lanes) + number(_WHOLE)
+        return tirx.reinterpret(vector("int32", lanes), whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class SeparateCodes(Codes):
+    """Codes of which each channel is convolved by itself.
+
+    A dot product over channels would be wasted on it, so the four channels of a word are arranged
+    as floats, near the core that uses them. Sums of so few products of codes are exact as floats.
+    """
+
+    dtype: ClassVar[str] = "float32"
+    planes: ClassVar[int] = PER_WORD
+
+    @property
+    def border(self) -> int:
+        """The input's zero point."""
+        return self.x.zero
+
+    def read(self, values: Any, lanes: int, plane: int) -> Any:
+        """One of the bytes."""
+        byte = _byte(_flipped(values, self.dot, lanes), plane, lanes)
+        return byte.astype(vector("float32", lanes))
+
+    def packed_shape(self, made: Plan) -> tuple[int, int, int]:
+        """As it was packed."""
+        return made.packed_shape
+
+    def parameters(self, made: Plan, batch: Any) -> dict[str, tuple[tuple[Any, ...], str]]:
+        """As those of the others; ``start`` is float32."""
+        kinds = super().parameters(made, batch)
+        return {**kinds, "start": (kinds["start"][0], "float32")}
+
+    def add(self, total: Any, values: Any, factor: Any, lanes: int) -> Any:
+        """A multiplication and an addition."""
+        return total + factor * values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,12 +246,18 @@ class Largest:
 
     dot: Dot
     dtype: ClassVar[str] = "int32"
+    given: ClassVar[str] = "int32"
+    planes: ClassVar[int] = 1
     weighted: ClassVar[bool] = False
 
     @property
     def border(self) -> int:
         """The smallest code."""
         return word_of(0, self.dot)
+
+    def read(self, values: Any, lanes: int, plane: int) -> Any:
+        """As it is."""
+        return values
 
     def packed_shape(self, made: Plan) -> tuple[int, int, int]:
         """There are none."""
@@ -247,15 +298,27 @@ class Largest:
 
 
 def plan(geometry: Geometry, dot: Dot, registers: int) -> Plan | None:
-    """How to compute it; ``geometry`` counts channels, not words. None: there is no kernel."""
-    if geometry.groups != 1:
+    """How to compute it; ``geometry`` counts channels, not words. None: there is no kernel.
+
+    Its channels are summed, or each is convolved by itself (:func:`separate`).
+    """
+    words = -(-geometry.channels // PER_WORD)
+    outputs = geometry.outputs + -geometry.outputs % PER_WORD
+    inner = dataclasses.replace(geometry, channels=words, outputs=outputs)
+    if geometry.groups == 1:
+        return convolution_plan.plan(inner, dot.lanes, registers, PER_WORD)
+    if not separate(geometry) or geometry.taps * MOST * 128 >= _EXACT:
         return None
-    words = dataclasses.replace(
-        geometry,
-        channels=-(-geometry.channels // PER_WORD),
-        outputs=geometry.outputs + -geometry.outputs % PER_WORD,
-    )
-    return convolution_plan.plan(words, dot.lanes, registers, PER_WORD)
+    inner = dataclasses.replace(inner, groups=words)
+    made = convolution_plan.plan(inner, dot.lanes, registers // 2, PER_WORD)
+    if made is None or made.arranged.as_given:
+        return None
+    return dataclasses.replace(made, corner=0)
+
+
+def separate(geometry: Geometry) -> bool:
+    """Whether each channel is convolved by itself, to one of the result."""
+    return 1 < geometry.groups == geometry.channels == geometry.outputs
 
 
 def largest_plan(geometry: Geometry, dot: Dot, registers: int) -> Plan | None:
@@ -270,9 +333,15 @@ def padded(made: Plan) -> int:
 
 
 def pack(weights: np.ndarray, made: Plan) -> np.ndarray:
-    """Codes ``int8[outputs, channels, *window]`` as words, int32 of :meth:`Codes.packed_shape`."""
+    """Codes ``int8[outputs, channels, *window]`` as words, int32 of :meth:`Codes.packed_shape`.
+
+    Where channels are convolved by themselves: ``int8[outputs, 1, *window]`` as float32.
+    """
     g = made.geometry
     outputs, channels = weights.shape[:2]
+    if g.groups > 1:
+        missing = ((0, g.outputs - outputs), *((0, 0),) * (weights.ndim - 1))
+        return convolution_plan.pack(np.pad(weights.astype(np.float32), missing), made)
     missing = ((0, g.outputs - outputs), (0, PER_WORD * g.channels - channels), (0, 0))
     codes = np.pad(weights.reshape(outputs, channels, -1), missing)
     codes = codes.reshape(g.outputs, g.channels, PER_WORD, -1).transpose(0, 1, 3, 2)
@@ -282,9 +351,11 @@ def pack(weights: np.ndarray, made: Plan) -> np.ndarray:
 
 
 def starts(weights: np.ndarray, zero: int, made: Plan, dot: Dot) -> np.ndarray:
-    """What sums start from so that the input's zero point counts as nothing, int32."""
+    """What sums start from so that the input's zero point counts as nothing, of their dtype."""
     sums = weights.reshape(len(weights), -1).sum(1, dtype=np.int64)
-    given = (sums * ((128 if dot.signed else 0) - zero)).astype(np.int32)
+    alone = made.geometry.groups > 1
+    given = sums * ((128 if dot.signed and not alone else 0) - zero)
+    given = given.astype(np.float32 if alone else np.int32)
     return np.pad(given, (0, padded(made) - len(given)))
 
 
@@ -301,13 +372,21 @@ def _flipped(word: Any, dot: Dot, lanes: int) -> Any:
     return tirx.bitwise_xor(word, spread(tirx.const(_FLIP, "int32"), lanes))
 
 
-def _word(codes: list[Any], dot: Dot, lanes: int) -> Any:
-    """Words of the codes of four channels."""
-    total = codes[0]
-    for k, code in enumerate(codes[1:], 1):
-        shifted = tirx.shift_left(code, spread(tirx.const(8 * k, "int32"), lanes))
-        total = tirx.bitwise_or(total, shifted)
-    return _flipped(total, dot, lanes)
+def _byte(word: Any, k: int, lanes: int) -> Any:
+    """The ``k``-th byte of words, int32."""
+    shifted = tirx.shift_right(word, spread(tirx.const(8 * k, "int32"), lanes)) if k else word
+    return tirx.bitwise_and(shifted, spread(tirx.const(MOST, "int32"), lanes))
+
+
+def _word(values: list[Any], zero: int, dot: Dot, lanes: int) -> Any:
+    """Words of the codes of four channels, which come less ``zero``, more :data:`_WHOLE_BITS`."""
+    total, more = values[0], 0
+    for k, value in enumerate(values):
+        more += (_WHOLE_BITS - zero) << 8 * k
+        if k:
+            total = total + tirx.shift_left(value, spread(tirx.const(8 * k, "int32"), lanes))
+    wrapped = (more + (1 << 31)) % (1 << 32) - (1 << 31)
+    return _flipped(total - spread(tirx.const(wrapped, "int32"), lanes), dot, lanes)
 
 
 def _bounds(to: Rounding) -> tuple[float, float]:

@@ -56,13 +56,22 @@ class Terms(Protocol):
     """What a kernel sums over the window, and what it makes of a sum."""
 
     dtype: str
-    """Of an element of the input and of the weights."""
+    """Of a sum, of a weight, and of the input as it is arranged."""
+
+    given: str
+    """Of the input as it is given."""
+
+    planes: int
+    """1, or as many as a block has channels, where each of them has an input of its own."""
 
     weighted: bool
     """Whether there are weights; a maximum has none."""
 
     border: int
     """What the input has around it."""
+
+    def read(self, values: Any, lanes: int, plane: int) -> Any:
+        """The input as it is arranged for a channel of a block, of what is given."""
 
     def packed_shape(self, made: Plan) -> tuple[int, int, int]:
         """Of the weights."""
@@ -106,8 +115,14 @@ class Floats:
     low: float | None = None
     high: float | None = None
     dtype: ClassVar[str] = "float32"
+    given: ClassVar[str] = "float32"
+    planes: ClassVar[int] = 1
     weighted: ClassVar[bool] = True
     border: ClassVar[int] = 0
+
+    def read(self, values: Any, lanes: int, plane: int) -> Any:
+        """As it is."""
+        return values
 
     def packed_shape(self, made: Plan) -> tuple[int, int, int]:
         """As it was packed."""
@@ -173,7 +188,7 @@ def convolution(made: Plan, cores: int, terms: Terms = Floats()) -> Any:  # noqa
 
     ``z[B, channels, extent]`` is arranged, ``w`` is packed. Where the plan says :attr:`Plan.alone`,
     ``z`` is the input ``[B, channels, height, width]`` itself, and a last result is room for
-    :func:`tasks` channels of each image, ``[B * tasks, 1, extent]``.
+    :func:`tasks` channels of each image, ``[B * tasks, planes, extent]``.
     """
     g = made.geometry
     with IRBuilder() as builder, T.prim_func(s_tir=True):
@@ -181,13 +196,13 @@ def convolution(made: Plan, cores: int, terms: Terms = Floats()) -> Any:  # noqa
         batch = tirx.Var("batch", "int64")
         kinds: dict[str, tuple[tuple[Any, ...], str]] = {}
         maps = (batch, g.channels, *(g.size if made.alone else [made.arranged.extent]))
-        kinds["z"] = maps, terms.dtype
+        kinds["z"] = maps, terms.given
         if terms.weighted:
             kinds["w"] = terms.packed_shape(made), terms.dtype
         kinds |= terms.parameters(made, batch)
         results = ["out"]
         if made.alone:
-            room = (batch * i64(tasks(made, cores)), 1, made.arranged.extent)
+            room = (batch * i64(tasks(made, cores)), terms.planes, made.arranged.extent)
             kinds["room"] = room, terms.dtype
             results.append("room")
         handles = {name: T.arg(name, T.handle()) for name in kinds}
@@ -239,9 +254,11 @@ def _tasks(
             source = [image, at[0]]
             if made.alone:
                 source = [task, i64(0)]
-                arrange_channel(
-                    made, buffers["z"], buffers["room"], [image, at[0]], source, terms.border
-                )
+                for plane in range(terms.planes):
+                    arrange_channel(
+                        made, buffers["z"], buffers["room"], [image, at[0]],
+                        [task, i64(plane)], terms.border, functools.partial(terms.read, plane=plane),
+                    )  # fmt: skip
             with T.serial(first_run, tirx.min(first_run + i64(runs), i64(to.runs))) as run:
                 here = (image, block, run, source, at)
                 if full:
@@ -277,12 +294,15 @@ def _tile(
     def products(c: Any) -> None:
         for tap, offset in enumerate(to.offsets):
             start = run * i64(to.step) + i64(offset)
-            inputs = [T.Bind(z[row, channels + c, span(start + place, lanes)]) for place in places]
+            inputs = [
+                [T.Bind(z[row, channels + c + i64(p), span(start + x, lanes)]) for x in places]
+                for p in range(terms.planes)
+            ]
             for r in range(made.height):
                 factor = None
                 if terms.weighted:
                     factor = spread(buffers["w"][block, c * i64(g.taps) + i64(tap), r], lanes)
-                for j, values in enumerate(inputs):
+                for j, values in enumerate(inputs[r if terms.planes > 1 else 0]):
                     cell = r * made.wide + j
                     T.buffer_store(sums, terms.add(sums[cell], values, factor, lanes), [cell])
 

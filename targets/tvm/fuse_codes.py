@@ -296,12 +296,14 @@ class _Rewrite:
         tensor, name = codes.const_value, f"{codes.name}.packed"
         assert tensor is not None
         blocks, terms, height = made.packed_shape
-        shape = ir.Shape((blocks, terms + -(-made.lanes // height) - 1, height))
+        alone = made.geometry.groups > 1
+        room = 0 if alone else -(-made.lanes // height) - 1
+        shape = ir.Shape((blocks, terms + room, height))
 
         def pack() -> ir.TensorProtocol:
             return ir.Tensor(kernel.pack(tensor.numpy(), made))
 
-        lazy = ir.LazyTensor(pack, dtype=_D.INT32, shape=shape, name=name)
+        lazy = ir.LazyTensor(pack, dtype=_D.FLOAT if alone else _D.INT32, shape=shape, name=name)
         return initializer(self._graph, lazy, name)
 
     def _starts(self, codes: ir.Value, zero: int, made: Plan) -> ir.Value:
@@ -312,7 +314,8 @@ class _Rewrite:
             return ir.Tensor(kernel.starts(tensor.numpy(), zero, made, dot))
 
         shape = ir.Shape((kernel.padded(made),))
-        lazy = ir.LazyTensor(compute, dtype=_D.INT32, shape=shape, name=name)
+        kind = _D.FLOAT if made.geometry.groups > 1 else _D.INT32
+        lazy = ir.LazyTensor(compute, dtype=kind, shape=shape, name=name)
         return initializer(self._graph, lazy, name)
 
     def _each(self, name: str, values: np.ndarray, made: Plan) -> ir.Value:

@@ -75,7 +75,8 @@ def codes_convolution(op: Op) -> Operand:
     made, dot = fuse_codes.plan_of(node, shaping), shaping.dot
     x = fuse_codes.rounding(node, "x")
     assert dot is not None and x is not None
-    terms = codes.Codes(
+    kind = codes.SeparateCodes if made.geometry.groups > 1 else codes.Codes
+    terms = kind(
         dot, x, *(fuse_codes.rounding(node, n) for n in ("out", "middle", "residual")),
         low=op.attribute("low"), high=op.attribute("high"),
     )  # fmt: skip
@@ -83,11 +84,9 @@ def codes_convolution(op: Op) -> Operand:
     if terms.residual:
         pixels = g.out[0] * g.out[1]
         others = [reshaped(op, op.input(5), [batch, g.outputs // codes.PER_WORD, pixels])]
-    code = kernels.convolution(made, shaping.cores, terms)
-    operands = [_arranged(op, made, terms), *(op.input(i) for i in range(1, 5)), *others]
+    operands = [*(op.input(i) for i in range(1, 5)), *others]
     shape = [batch, *terms.parameters(made, batch)["out"][0][1:]]
-    kind = "int32" if terms.out else "float32"
-    (result,) = op.context.call_kernel(code, operands, [(shape, kind)], "codes_convolution")
+    result = _of_codes(op, made, terms, operands, (shape, "int32" if terms.out else "float32"))
     if terms.out:
         return result
     outputs = fuse_codes.geometry(node).outputs
@@ -104,17 +103,24 @@ def codes_largest(op: Op) -> Operand:
     assert dot is not None
     made = codes.largest_plan(sizes, dot, shaping.registers)
     assert made is not None
-    terms, g = codes.Largest(dot), made.geometry
-    code = kernels.convolution(made, shaping.cores, terms)
-    outputs: list[tuple[Sequence[Dim], str]]
-    outputs = [([batch, g.outputs, g.out[0] * g.out[1]], "int32")]
+    g = made.geometry
+    shape = [batch, g.outputs, g.out[0] * g.out[1]]
+    return _of_codes(op, made, codes.Largest(dot), [], (shape, "int32"))
+
+
+def _of_codes(
+    op: Op, made: Plan, terms: kernels.Terms, operands: list[Operand], out: tuple[list[Dim], str]
+) -> Operand:
+    """The kernel's result; the input is arranged before, or by each task for itself."""
+    cores, g, words = op.context.shaping.cores, made.geometry, op.input(0)
+    code, outputs = kernels.convolution(made, cores, terms), [out]
     if made.alone:
-        maps = reshaped(op, op.input(0), [batch, g.channels, *g.size])
-        room = [batch * kernels.tasks(made, shaping.cores), 1, made.arranged.extent]
-        outputs.append((room, "int32"))
+        z = reshaped(op, words, [words.shape[0], g.channels, *g.size])
+        room = [words.shape[0] * kernels.tasks(made, cores), terms.planes, made.arranged.extent]
+        outputs.append((room, terms.dtype))
     else:
-        maps = _arranged(op, made, terms)
-    return op.context.call_kernel(code, [maps], outputs, "codes_largest")[0]
+        z = _arranged(op, made, terms)
+    return op.context.call_kernel(code, [z, *operands], outputs, "codes")[0]
 
 
 def pack_codes(op: Op) -> Operand:
