@@ -387,9 +387,9 @@ def _rounding(node: ir.Node, codes: ir.Value | None) -> Rounding | None:
 
 def _pooled(node: ir.Node, x: ir.Value) -> Geometry | None:
     """Sizes of a ``MaxPool`` in words: each word is a channel by itself."""
-    shape = [int(d) for d in x.shape]  # type: ignore[union-attr,arg-type]
-    words = -(-shape[1] // kernel.PER_WORD)
+    batch, channels, *sizes = x.shape  # type: ignore[misc]
+    words = -(-int(channels) // kernel.PER_WORD)  # type: ignore[arg-type]
     window = ir.Value(name="window", shape=ir.Shape([words, 1, *attribute(node, "kernel_shape", [])]))
-    like = ir.Value(name="words", shape=ir.Shape([shape[0], words, *shape[2:]]))
+    like = ir.Value(name="words", shape=ir.Shape([batch, words, *sizes]))
     found = geometry_of(node, like, window)
     return dataclasses.replace(found, groups=words) if found else None

@@ -17,6 +17,7 @@ from hal.kernels.codes_convolution import (
     Codes,
     Largest,
     Rounding,
+    SeparateCodes,
     largest_plan,
     pack,
     padded,
@@ -204,3 +205,30 @@ def test_groups_and_small_maps_have_no_kernel() -> None:
     made = plan(Geometry(8, 6, 1, (14, 14), (3, 3)), dot, 32)
     assert made is not None
     assert (made.geometry.channels, made.geometry.outputs, made.height % PER_WORD) == (2, 8, 0)
+
+
+@pytest.mark.parametrize("lanes", [4, 16])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("size", [(7, 7), (28, 28), (9, 50)])
+def test_channels_by_themselves_are_exact(
+    lanes: int, strides: tuple[int, int], size: tuple[int, int]
+) -> None:
+    on = on_lanes(lanes)
+    assert on.dot is not None
+    g = Geometry(10, 10, 10, size, (3, 3), strides, pads=(1, 1, 1, 1))
+    made = plan(g, on.dot, on.registers)
+    if made is None:
+        assert g.out[0] * g.out[1] < 3 * lanes
+        return
+    x, w, factor, bias = drawn(dataclasses.replace(g, channels=10), 2)
+    w = w[:, :1]
+    terms = SeparateCodes(on.dot, X, Rounding(1.0, 77), low=0.0)
+    each = [np.pad(v, (0, padded(made) - 10)) for v in (starts(w, 122, made, on.dot)[:10],)]
+    each += [np.pad(v, (0, padded(made) - 10)) for v in (factor, bias)]
+    out = device(np.full((2, 3, g.out[0] * g.out[1]), -1, np.int32))
+    room = device(np.full((2 * tasks(made, 2), PER_WORD, made.arranged.extent), np.nan, np.float32))
+    words = device(words_of(x).reshape(2, 3, *size))
+    code = compiled(convolution(made, 2, terms), on.target)
+    code.call(words, device(pack(w, made)), *(device(v) for v in each), out, room)
+    value = np.maximum(sums(g, x, w) * factor[:, None] + bias[:, None], 0)
+    assert np.abs(codes_of(out.numpy(), 10) - np.clip(value + 77, 0, 255)).max() < 0.502
