@@ -107,7 +107,9 @@ def _take(
     starts = [min(v, count - lanes) for v in range(0, count, lanes)]
     if stride != 2 or lanes < 2 or len(starts) > _WRITTEN_OUT:
         with T.serial(i64(0), i64(count)) as i:
-            T.buffer_store(z, read(x[(*row, i * i64(stride) + i64(first))], 1), [*to[:2], to[2] + i])
+            T.buffer_store(
+                z, read(x[(*row, i * i64(stride) + i64(first))], 1), [*to[:2], to[2] + i]
+            )
         return
     for start in starts:
         # Two vectors of which every second element counts, from an even place or an odd one:

@@ -24,6 +24,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T  # noqa: N812
 
 from hal.kernels import convolution_plan
+from hal.kernels.convolution import Terms
 from hal.kernels.convolution_plan import Geometry, Plan
 from hal.kernels.emitting import i64, vector
 from hal.kernels.quantized_layout import Dot
@@ -49,12 +50,13 @@ class Rounding:
 
 
 @dataclasses.dataclass(frozen=True)
-class Codes:
+class Codes(Terms):
     """What a convolution of codes sums, and what follows.
 
     ``x`` are the input's codes. ``start`` (int32), ``factor`` and ``bias`` (float32) have an
-    element for each output channel, see :func:`pack`; ``middle`` rounds the sums before ``residual``
-    is added; limits apply to the sum; ``out`` are the codes that are stored, None: floats are.
+    element for each output channel, see :func:`pack`; ``middle`` rounds the sums before
+    ``residual`` is added; limits apply to the sum; ``out`` are the codes that are stored, None:
+    floats are.
     """
 
     dot: Dot
@@ -66,17 +68,11 @@ class Codes:
     high: float | None = None
     dtype: ClassVar[str] = "int32"
     given: ClassVar[str] = "int32"
-    planes: ClassVar[int] = 1
-    weighted: ClassVar[bool] = True
 
     @property
     def border(self) -> int:
         """The input's zero point in each byte."""
         return word_of(self.x.zero, self.dot)
-
-    def read(self, values: Any, lanes: int, plane: int) -> Any:
-        """As it is."""
-        return values
 
     def packed_shape(self, made: Plan) -> tuple[int, int, int]:
         """With room for a vector behind the last channel."""
@@ -126,11 +122,12 @@ class Codes:
                     values = []
                     for k in range(PER_WORD):
                         channel = first + i64(r + k)
-                        given = [
+                        factor, bias = (
                             spread(buffers[n][channel], made.lanes) for n in ("factor", "bias")
-                        ]
+                        )
                         byte = self._residual(buffers, image, word, where, made.lanes, k)
-                        values.append(self._value(sums[r + k][j], *given, byte, made.lanes))
+                        value = self._value(sums[r + k][j], factor, bias, byte, made.lanes)
+                        values.append(value)
                     if self.out:
                         total = _word(values, self.out.zero, self.dot, made.lanes)
                         T.buffer_store(buffers["out"], total, [image, word, where])
@@ -181,7 +178,7 @@ class Codes:
         return _byte(_flipped(buffers["residual"][image, word, where], self.dot, lanes), k, lanes)
 
     def _value(self, total: Any, factor: Any, bias: Any, byte: Any, lanes: int) -> Any:
-        """Floats of sums, or their codes less the zero point and more :data:`_WHOLE_BITS`, int32."""
+        """Floats of sums, or codes less the zero point and more :data:`_WHOLE_BITS`, int32."""
         unit = self.out.scale if self.out else 1.0
 
         def number(x: float) -> Any:
@@ -241,31 +238,18 @@ class SeparateCodes(Codes):
 
 
 @dataclasses.dataclass(frozen=True)
-class Largest:
+class Largest(Terms):
     """The largest of the window, for each byte of a word; without weights."""
 
     dot: Dot
     dtype: ClassVar[str] = "int32"
     given: ClassVar[str] = "int32"
-    planes: ClassVar[int] = 1
     weighted: ClassVar[bool] = False
 
     @property
     def border(self) -> int:
         """The smallest code."""
         return word_of(0, self.dot)
-
-    def read(self, values: Any, lanes: int, plane: int) -> Any:
-        """As it is."""
-        return values
-
-    def packed_shape(self, made: Plan) -> tuple[int, int, int]:
-        """There are none."""
-        raise NotImplementedError
-
-    def corner_lanes(self, made: Plan) -> int:
-        """There is no corner of a single channel."""
-        raise NotImplementedError
 
     def parameters(self, made: Plan, batch: Any) -> dict[str, tuple[tuple[Any, ...], str]]:
         """The result."""

@@ -18,11 +18,12 @@ counted.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
@@ -52,42 +53,51 @@ _Place = tuple[Any, Any, Any, list[Any], tuple[Any, Any, Any]]
 """Image, block, run, where the input is (row and first channel), and :func:`_channels`."""
 
 
-class Terms(Protocol):
-    """What a kernel sums over the window, and what it makes of a sum."""
+class Terms(abc.ABC):
+    """What a kernel sums over the window, and what it makes of it. Equal ones make equal code."""
 
-    dtype: str
+    dtype: ClassVar[str] = "float32"
     """Of a sum, of a weight, and of the input as it is arranged."""
 
-    given: str
+    given: ClassVar[str] = "float32"
     """Of the input as it is given."""
 
-    planes: int
-    """1, or as many as a block has channels, where each of them has an input of its own."""
+    planes: ClassVar[int] = 1
+    """As many as a block has channels, where each of them has an input of its own."""
 
-    weighted: bool
+    weighted: ClassVar[bool] = True
     """Whether there are weights; a maximum has none."""
 
-    border: int
-    """What the input has around it."""
+    @property
+    def border(self) -> int:
+        """What the input has around it."""
+        return 0
 
     def read(self, values: Any, lanes: int, plane: int) -> Any:
         """The input as it is arranged for a channel of a block, of what is given."""
+        return values
 
     def packed_shape(self, made: Plan) -> tuple[int, int, int]:
         """Of the weights."""
+        return made.packed_shape
 
     def corner_lanes(self, made: Plan) -> int:
-        """Lanes of a vector of a block's channels."""
+        """Lanes of a vector of a block's channels; those beyond the last do not count."""
+        return made.height
 
+    @abc.abstractmethod
     def parameters(self, made: Plan, batch: Any) -> dict[str, tuple[tuple[Any, ...], str]]:
         """Shapes and dtypes of what comes after input and weights; ``out`` is the last."""
 
+    @abc.abstractmethod
     def first(self, buffers: dict[str, Any], channel: Any, lanes: int) -> Any:
         """What a sum of the output ``channel`` starts from; None: of any, or of several."""
 
+    @abc.abstractmethod
     def add(self, total: Any, values: Any, factor: Any, lanes: int) -> Any:
         """The sum with one more term; either operand may be the one that is broadcast."""
 
+    @abc.abstractmethod
     def store(
         self, made: Plan, buffers: dict[str, Any], at: Any, sums: list[list[Any]], places: list[Any]
     ) -> None:
@@ -96,6 +106,7 @@ class Terms(Protocol):
         ``at`` is the image, the block's first output channel, overall and in its group.
         """
 
+    @abc.abstractmethod
     def store_corner(
         self, made: Plan, buffers: dict[str, Any], at: Any, totals: list[Any], places: list[Any]
     ) -> None:
@@ -103,7 +114,7 @@ class Terms(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Floats:
+class Floats(Terms):
     """``out = min(max(conv(z, w) + bias + residual, low), high)``; float32.
 
     ``bias[outputs]``; residual and out are ``[B, outputs, height * width]``. Parameters that are
@@ -114,23 +125,6 @@ class Floats:
     residual: bool = False
     low: float | None = None
     high: float | None = None
-    dtype: ClassVar[str] = "float32"
-    given: ClassVar[str] = "float32"
-    planes: ClassVar[int] = 1
-    weighted: ClassVar[bool] = True
-    border: ClassVar[int] = 0
-
-    def read(self, values: Any, lanes: int, plane: int) -> Any:
-        """As it is."""
-        return values
-
-    def packed_shape(self, made: Plan) -> tuple[int, int, int]:
-        """As it was packed."""
-        return made.packed_shape
-
-    def corner_lanes(self, made: Plan) -> int:
-        """As many as there are."""
-        return made.height
 
     def parameters(self, made: Plan, batch: Any) -> dict[str, tuple[tuple[Any, ...], str]]:
         """As :class:`Terms` says."""
@@ -183,7 +177,7 @@ class Floats:
 
 
 @functools.lru_cache(maxsize=256)
-def convolution(made: Plan, cores: int, terms: Terms = Floats()) -> Any:  # noqa: B008 - frozen
+def convolution(made: Plan, cores: int, terms: Terms = Floats()) -> Any:
     """The convolution of ``z`` with ``w``: what ``terms`` makes of it.
 
     ``z[B, channels, extent]`` is arranged, ``w`` is packed. Where the plan says :attr:`Plan.alone`,
@@ -257,7 +251,8 @@ def _tasks(
                 for plane in range(terms.planes):
                     arrange_channel(
                         made, buffers["z"], buffers["room"], [image, at[0]],
-                        [task, i64(plane)], terms.border, functools.partial(terms.read, plane=plane),
+                        [task, i64(plane)], terms.border,
+                        functools.partial(terms.read, plane=plane),
                     )  # fmt: skip
             with T.serial(first_run, tirx.min(first_run + i64(runs), i64(to.runs))) as run:
                 here = (image, block, run, source, at)
@@ -291,6 +286,7 @@ def _tile(
         start = terms.first(buffers, first + i64(r), lanes)
         for j in range(len(places)):
             T.buffer_store(sums, start, [r * made.wide + j])
+
     def products(c: Any) -> None:
         for tap, offset in enumerate(to.offsets):
             start = run * i64(to.step) + i64(offset)
@@ -325,7 +321,7 @@ def _tile(
 
 
 def _ask(w: Any, shape: tuple[int, int, int], block: Any, term: Any, count: int) -> None:
-    """Ask for the weights that come a while after ``count`` terms; beyond the last no harm is done."""
+    """Ask for the weights that come a while after ``count`` terms; behind the last is no harm."""
     _, terms, height = shape
     later = -(-_ASKED // (_WORD * height * count)) * count
     start = block * i64(terms) + term + i64(later)

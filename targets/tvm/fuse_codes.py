@@ -1,7 +1,7 @@
 """Convolutions and maxima of 8-bit codes become ops that compute on codes.
 
-``Conv(DequantizeLinear(x), DequantizeLinear(w))`` and what follows it alone (a rounding to codes and
-back before the sum with other codes, ``Relu`` or ``Clip``, ``QuantizeLinear``) turns into
+``Conv(DequantizeLinear(x), DequantizeLinear(w))`` and what follows it alone (a rounding to codes
+and back before the sum with other codes, ``Relu`` or ``Clip``, ``QuantizeLinear``) turns into
 ``hal.tvm::CodesConvolution(words, packed, start, factor, bias[, residual])``, and ``MaxPool``
 between codes of one scale into ``hal.tvm::CodesLargest(words)``. ``PackCodes`` and ``UnpackCodes``
 stand between words (:mod:`hal.kernels.codes_convolution`) and codes as ONNX has them, where
@@ -22,7 +22,6 @@ from hal.kernels import codes_convolution as kernel
 from hal.kernels.codes_convolution import Rounding
 from hal.kernels.convolution_plan import Geometry, Plan
 from hal.targets.tvm.fuse_convolutions import (
-    DOMAIN,
     attributes,
     constant,
     geometry_of,
@@ -31,6 +30,7 @@ from hal.targets.tvm.fuse_convolutions import (
     only_reader,
 )
 from hal.targets.tvm.lowering import Shaping
+from hal.targets.tvm.own_ops import DOMAIN
 from hal.targets.tvm.quantized_codes import attribute
 
 CONVOLUTION, LARGEST, PACK, UNPACK = (
@@ -192,7 +192,8 @@ class _Rewrite:
             return
         chain = _Chain(node)
         codes, scales = read.inputs[0], constant(read.inputs[1])
-        assert codes is not None and codes.const_value is not None and scales is not None
+        assert codes is not None
+        assert scales is not None
         unit = chain.middle or (chain.out.rounding if chain.out else None)
         per = unit.scale if unit else 1.0
         factor = np.broadcast_to(scales.astype(np.float64).reshape(-1), [sizes.outputs])
@@ -248,7 +249,7 @@ class _Rewrite:
         """Remove what nobody reads any more, packing of what comes from words first."""
         for codes, words in list(self._packs.items()):
             maker = codes.producer()
-            if maker is not None and maker.op_type == UNPACK:
+            if maker is not None and maker.op_type == UNPACK and maker.inputs[0] is not None:
                 words.replace_all_uses_with(maker.inputs[0])
         for node in reversed(list(self._nodes)):
             unread = all(not v.uses() and not v.is_graph_output() for v in node.outputs)
@@ -281,7 +282,9 @@ class _Rewrite:
     def _words_of(self, codes: ir.Value) -> ir.Value:
         """The codes in words; where they are none, a node that packs them."""
         if codes not in self._words:
-            pack = ir.Node(DOMAIN, PACK, [codes], attributes({"signed": int(codes.dtype is _D.INT8)}))
+            pack = ir.Node(
+                DOMAIN, PACK, [codes], attributes({"signed": int(codes.dtype is _D.INT8)})
+            )
             pack.outputs[0].name = f"{codes.name}.words"
             _set_words(pack.outputs[0], codes)
             maker = codes.producer()
@@ -327,7 +330,8 @@ class _Rewrite:
 def _set_words(words: ir.Value, codes: ir.Value) -> None:
     """Type and shape."""
     batch, channels, *sizes = codes.shape  # type: ignore[misc]
-    count, pixels = -(-int(channels) // kernel.PER_WORD), math.prod(int(d) for d in sizes)  # type: ignore[arg-type]
+    count = -(-int(channels) // kernel.PER_WORD)  # type: ignore[arg-type]
+    pixels: int = math.prod(int(d) for d in sizes)  # type: ignore[arg-type,misc]
     words.type, words.shape = ir.TensorType(_D.INT32), ir.Shape([batch, count, pixels])
 
 
@@ -389,7 +393,9 @@ def _pooled(node: ir.Node, x: ir.Value) -> Geometry | None:
     """Sizes of a ``MaxPool`` in words: each word is a channel by itself."""
     batch, channels, *sizes = x.shape  # type: ignore[misc]
     words = -(-int(channels) // kernel.PER_WORD)  # type: ignore[arg-type]
-    window = ir.Value(name="window", shape=ir.Shape([words, 1, *attribute(node, "kernel_shape", [])]))
+    window = ir.Value(
+        name="window", shape=ir.Shape([words, 1, *attribute(node, "kernel_shape", [])])
+    )
     like = ir.Value(name="words", shape=ir.Shape([batch, words, *sizes]))
     found = geometry_of(node, like, window)
     return dataclasses.replace(found, groups=words) if found else None

@@ -20,14 +20,8 @@ from hal.kernels import convolution_plan, winograd
 from hal.kernels.convolution_plan import Geometry, Plan
 from hal.kernels.winograd import Tiles
 from hal.targets.tvm.lowering import Shaping
+from hal.targets.tvm.own_ops import CONVOLUTION, DOMAIN, EXPANDED
 from hal.targets.tvm.quantized_codes import attribute
-
-DOMAIN = "hal.tvm"
-"""Domain of the ops that exist between this backend's own steps only."""
-
-CONVOLUTION = "Convolution"
-EXPANDED = "expanded"
-"""Attribute: the weights were codes, and are floats in the build."""
 
 _FLOAT = ir.DataType.FLOAT
 

@@ -47,7 +47,9 @@ def words_of(codes: np.ndarray) -> np.ndarray:
     """``[B, C, H, W]`` as words ``[B, C / 4, H * W]``."""
     images, channels, height, width = codes.shape
     codes = np.pad(codes, ((0, 0), (0, -channels % PER_WORD), (0, 0), (0, 0)))
-    split = codes.reshape(images, -(-channels // PER_WORD), PER_WORD, height * width).transpose(0, 1, 3, 2)
+    split = codes.reshape(images, -(-channels // PER_WORD), PER_WORD, height * width).transpose(
+        0, 1, 3, 2
+    )
     return np.ascontiguousarray(split).view(np.int32)[..., 0]
 
 

@@ -14,12 +14,12 @@ from hal.kernels import winograd
 from hal.kernels.arrange import arrange
 from hal.kernels.convolution_plan import Plan
 from hal.kernels.winograd import Tiles
-from hal.targets.tvm.converters.shape import reshaped
 from hal.targets.tvm import fuse_codes
+from hal.targets.tvm.converters.shape import reshaped
 from hal.targets.tvm.dims import Dim, product
-from hal.targets.tvm.fuse_convolutions import CONVOLUTION, plan_of
+from hal.targets.tvm.fuse_convolutions import plan_of
 from hal.targets.tvm.lowering import Op, Operand
-
+from hal.targets.tvm.own_ops import CONVOLUTION
 
 _FLOATS = kernels.Floats()
 
@@ -74,12 +74,12 @@ def codes_convolution(op: Op) -> Operand:
     node, shaping = op.node, op.context.shaping
     made, dot = fuse_codes.plan_of(node, shaping), shaping.dot
     x = fuse_codes.rounding(node, "x")
-    assert dot is not None and x is not None
+    assert dot is not None
+    assert x is not None
     kind = codes.SeparateCodes if made.geometry.groups > 1 else codes.Codes
-    terms = kind(
-        dot, x, *(fuse_codes.rounding(node, n) for n in ("out", "middle", "residual")),
-        low=op.attribute("low"), high=op.attribute("high"),
-    )  # fmt: skip
+    out, middle, residual = (fuse_codes.rounding(node, n) for n in ("out", "middle", "residual"))
+    limits = op.attribute("low"), op.attribute("high")
+    terms = kind(dot, x, out, middle, residual, *limits)
     g, batch, others = made.geometry, op.input(0).shape[0], []
     if terms.residual:
         pixels = g.out[0] * g.out[1]

@@ -21,7 +21,6 @@ from tests.kernels.support import chip
 from tests.passes.toys import Toy
 
 
-
 def shaping() -> Shaping:
     on = chip("host")
     if on.dot is None:
