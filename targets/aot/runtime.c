@@ -1,5 +1,8 @@
 /* A program of kernels without an operating system's help beyond files: arguments are the weights'
    file; inputs come on stdin one after the other, outputs go to stdout, until stdin ends.
+   A host that shares the program's memory, as a page with a WebAssembly module does, calls the
+   functions hal_* instead, and never main: start; fill weights; then, as often as it likes, fill
+   inputs, run, read outputs. Inputs share memory with what comes later, so each run needs all.
    program.h, which is generated, has the tables. Layouts are those of TVM's C interface
    (tvm/ffi/c_api.h, tvm/runtime/c_backend_api.h) and of DLPack. */
 
@@ -93,38 +96,57 @@ static char *aligned(uint64_t bytes) {
   return data;
 }
 
-int main(int count, char **arguments) {
-  static tensor_t tensors[sizeof places / sizeof *places];
-  char *base[2];
+static tensor_t tensors[sizeof places / sizeof *places];
+static char *base[2];
+
+#ifdef __wasm__
+#define CALLED_BY_HOST(name) __attribute__((export_name(#name)))
+#else
+#define CALLED_BY_HOST(name)
+#endif
+
+/* Memory for everything; once, before all others. */
+CALLED_BY_HOST(hal_start) void hal_start(void) {
   fill_slots();
   base[ARENA] = aligned(ARENA_BYTES);
   base[WEIGHTS] = aligned(WEIGHT_BYTES);
-  if (WEIGHT_BYTES) {
-    FILE *file = count > 1 ? fopen(arguments[1], "rb") : 0;
-    if (!file) fail("weights", count > 1 ? arguments[1] : "no file is given");
-    if (fread(base[WEIGHTS], 1, WEIGHT_BYTES, file) != WEIGHT_BYTES) fail("weights", "cut off");
-    fclose(file);
-  }
   for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
     const place_t *p = &places[i];
     tensors[i] = (tensor_t){base[p->where] + p->offset, {CPU, 0}, p->ndim, p->dtype, p->shape, 0, 0};
   }
+}
+/* Where WEIGHT_BYTES of weights belong. */
+CALLED_BY_HOST(hal_weights) void *hal_weights(void) { return base[WEIGHTS]; }
+/* Where the tensor of that number lies, dense and in row-major order. */
+CALLED_BY_HOST(hal_input) void *hal_input(int number) { return tensors[inputs[number]].data; }
+CALLED_BY_HOST(hal_output) void *hal_output(int number) { return tensors[outputs[number]].data; }
+CALLED_BY_HOST(hal_run) void hal_run(void) {
+  for (size_t i = 0; i < CALLS; i++) {
+    any_t given[MOST_ARGUMENTS], result;
+    memset(given, 0, sizeof given), memset(&result, 0, sizeof result);
+    for (int k = 0; k < calls[i].count; k++) {
+      given[k].type_index = TENSOR_POINTER;
+      given[k].v_ptr = &tensors[calls[i].tensors[k]];
+    }
+    if (calls[i].kernel(0, given, calls[i].count, &result)) fail("kernel failed", calls[i].name);
+  }
+}
+
+int main(int count, char **arguments) {
+  hal_start();
+  if (WEIGHT_BYTES) {
+    FILE *file = count > 1 ? fopen(arguments[1], "rb") : 0;
+    if (!file) fail("weights", count > 1 ? arguments[1] : "no file is given");
+    if (fread(hal_weights(), 1, WEIGHT_BYTES, file) != WEIGHT_BYTES) fail("weights", "cut off");
+    fclose(file);
+  }
   for (;;) {
-    for (size_t i = 0; i < INPUTS; i++) {
-      const place_t *p = &places[inputs[i]];
-      if (fread(tensors[inputs[i]].data, 1, p->bytes, stdin) != p->bytes) return 0;
+    for (int i = 0; i < INPUTS; i++) {
+      uint64_t bytes = places[inputs[i]].bytes;
+      if (fread(hal_input(i), 1, bytes, stdin) != bytes) return 0;
     }
-    for (size_t i = 0; i < CALLS; i++) {
-      any_t given[MOST_ARGUMENTS], result;
-      memset(given, 0, sizeof given), memset(&result, 0, sizeof result);
-      for (int k = 0; k < calls[i].count; k++) {
-        given[k].type_index = TENSOR_POINTER;
-        given[k].v_ptr = &tensors[calls[i].tensors[k]];
-      }
-      if (calls[i].kernel(0, given, calls[i].count, &result)) fail("kernel failed", calls[i].name);
-    }
-    for (size_t i = 0; i < OUTPUTS; i++)
-      fwrite(tensors[outputs[i]].data, 1, places[outputs[i]].bytes, stdout);
+    hal_run();
+    for (int i = 0; i < OUTPUTS; i++) fwrite(hal_output(i), 1, places[outputs[i]].bytes, stdout);
     fflush(stdout);
   }
 }
