@@ -101,7 +101,7 @@ def test_what_a_descriptor_leaves_out_is_told_by_op_input_and_constant() -> None
         (unknown, (False, True)),
         (known, (True, False)),
         (flat, (False, False)),
-        (square, (True, False)),  # the other's input has no known shape
+        (square, (True, True)),
         (absent, (False, False)),
         (other, (False, False)),
     ):
