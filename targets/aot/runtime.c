@@ -1,5 +1,7 @@
 /* A program of kernels without an operating system's help beyond files: arguments are the weights'
-   file; inputs come on stdin one after the other, outputs go to stdout, until stdin ends.
+   file; inputs come on stdin one after the other, outputs go to stdout, until stdin ends. A program
+   that keeps tensors from call to call (a cache) reads a byte before the inputs: 1 if what the
+   tensors shall hold comes first, 0 if they hold it already; in the beginning they hold zeros.
    program.h, which is generated, has the tables. Layouts are those of TVM's C interface
    (tvm/ffi/c_api.h, tvm/runtime/c_backend_api.h) and of DLPack. */
 
@@ -93,11 +95,20 @@ static char *aligned(uint64_t bytes) {
   return data;
 }
 
+static int read_all(const tensor_t *tensors, const int *which, int count) {
+  for (int i = 0; i < count; i++) {
+    uint64_t bytes = places[which[i]].bytes;
+    if (fread(tensors[which[i]].data, 1, bytes, stdin) != bytes) return 0;
+  }
+  return 1;
+}
+
 int main(int count, char **arguments) {
   static tensor_t tensors[sizeof places / sizeof *places];
   char *base[2];
   fill_slots();
   base[ARENA] = aligned(ARENA_BYTES);
+  memset(base[ARENA], 0, ARENA_BYTES);
   base[WEIGHTS] = aligned(WEIGHT_BYTES);
   if (WEIGHT_BYTES) {
     FILE *file = count > 1 ? fopen(arguments[1], "rb") : 0;
@@ -110,10 +121,10 @@ int main(int count, char **arguments) {
     tensors[i] = (tensor_t){base[p->where] + p->offset, {CPU, 0}, p->ndim, p->dtype, p->shape, 0, 0};
   }
   for (;;) {
-    for (size_t i = 0; i < INPUTS; i++) {
-      const place_t *p = &places[inputs[i]];
-      if (fread(tensors[inputs[i]].data, 1, p->bytes, stdin) != p->bytes) return 0;
-    }
+    int other = KEPT ? getchar() : 0;
+    if (other == EOF) return 0;
+    if (other && !read_all(tensors, kept, KEPT)) return 0;
+    if (!read_all(tensors, inputs, INPUTS)) return 0;
     for (size_t i = 0; i < CALLS; i++) {
       any_t given[MOST_ARGUMENTS], result;
       memset(given, 0, sizeof given), memset(&result, 0, sizeof result);

@@ -56,6 +56,10 @@ class RknnBackend(InOwnEnvironment):
         """A simulator: which environments there are depends on the route."""
         return Probe("simulator", "rknn-toolkit2 runs in an environment of its own", {})
 
+    def static_shapes(self, descriptor: Descriptor) -> bool:
+        """They are."""
+        return True
+
     def legalize(self, graph: Graph, descriptor: Descriptor) -> Graph:
         """What the toolkit can read, and its choice among it.
 
