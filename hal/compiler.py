@@ -209,19 +209,26 @@ def verify(bundle: Bundle, target: str | None = None, *, against: Any = None) ->
                 f"it has {', '.join(names) or 'no builds'}",
             )
         names = [found]
-    graph = bundle.graph()
-    if against is None:
-        reference = _reference_of(bundle, graph)
-    else:
+    graph, other = bundle.graph(), None
+    if against is not None:
         other = frontends.load(against).graph
         _require_same_signature(graph, other)
-        reference = verification.reference_for(other)
-    if isinstance(reference, str):
-        raise HalError(
-            f"the bundle cannot be verified: {reference}", "verify with the original model"
-        )
+    references: dict[Step | None, _Reference] = {}
     results = {}
     for name in names:
+        record = bundle.manifest.builds[name]
+        step = Step(**record.step) if record.step else None
+        if step not in references:
+            references[step] = (
+                _reference_of(bundle, graph, step)
+                if other is None
+                else verification.reference_for(other, step=step)
+            )
+        reference = references[step]
+        if isinstance(reference, str):
+            raise HalError(
+                f"the bundle cannot be verified: {reference}", "verify with the original model"
+            )
         try:
             results[name] = _verify_one(bundle, graph, reference, name)
         except CheckFailed as error:
@@ -393,10 +400,10 @@ def _reference_for(graph: Graph, samples: dict[str, Any] | None, job: _Job) -> _
 
 
 def _reference_of(bundle: Bundle, graph: Graph, step: Step | None = None) -> _Reference:
-    if bundle.manifest.samples is None or step is not None:
+    samples = bundle.samples()
+    if not samples or (step is not None and not step.takes(graph, samples)):
         return verification.reference_for(graph, step=step)
-    steps = bundle.samples()
-    return verification.Reference(tuple(steps), tuple(verification.run_reference(graph, steps)))
+    return verification.Reference(tuple(samples), tuple(verification.run_reference(graph, samples)))
 
 
 def _require_same_signature(graph: Graph, other: Graph) -> None:

@@ -141,21 +141,33 @@ def _squeeze_unsqueeze(edit: Editor, node: ir.Node) -> bool:
 
 
 def _single_concat(edit: Editor, node: ir.Node) -> bool:
-    """A concatenation of one tensor, or with empty constants."""
+    """A concatenation of one tensor, or with empty ones."""
     if len(node.inputs) == 1:
         return _bypass(edit, node, node.inputs[0])
-    full = [v for v in node.inputs if (found := array(v)) is None or found.size]
+    full = [v for v in node.inputs if not _is_empty(v)]
     if len(full) == len(node.inputs) or not full:
         return False
     if any(rank(v) != rank(full[0]) for v in node.inputs):
         return False
-    for index in reversed(range(len(node.inputs))):
-        found = array(node.inputs[index])
-        if found is not None and not found.size:
-            rest = [v for i, v in enumerate(node.inputs) if i != index]
-            out = node.outputs[0]
-            axis = {"axis": attribute(node, "axis")}
-            return edit.replace(out, edit.op("Concat", rest, axis, like=out))
+    out = node.outputs[0]
+    axis = {"axis": attribute(node, "axis")}
+    return edit.replace(out, edit.op("Concat", full, axis, like=out))
+
+
+def _is_empty(value: ir.Value | None) -> bool:
+    found = array(value)
+    shape = value.shape if value is not None else None
+    return (found is not None and not found.size) or (shape is not None and 0 in list(shape))
+
+
+def _whole_split(edit: Editor, node: ir.Node) -> bool:
+    """A split of which one part is everything; empty parts stay for who reads them."""
+    for value in node.outputs:
+        if value.uses() and same_dims(node.inputs[0], value):
+            source, result = node.inputs[0], value
+            if source is None or result.is_graph_output():
+                return False
+            return edit.replace(result, source)
     return False
 
 
@@ -170,4 +182,5 @@ RULES: tuple[Rule, ...] = (
     Rule("transpose", ("Transpose",), _transpose),
     Rule("squeeze of unsqueeze", ("Squeeze",), _squeeze_unsqueeze),
     Rule("trivial concatenation", ("Concat",), _single_concat),
+    Rule("split of everything", ("Split",), _whole_split),
 )

@@ -8,8 +8,10 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from hal.errors import UnsupportedError
-from hal.ir import Graph
+from hal.ir import HAL_DOMAIN, Graph
+from hal.ir.cache_ops import CACHE_WRITE, CACHED_ATTENTION
 from hal.ir.cache_plan import PLAN_KEY, CachePlan, plan_of
+from hal.ir.ops import ensure_functions
 from hal.ir.step import STEP_KEY, Step
 from hal.passes.base import Outcome, Pass
 from hal.passes.cache_layout import CacheLayout
@@ -58,6 +60,8 @@ class StaticStep(Pass):
         graph.metadata[STEP_KEY] = self.step.to_json()
         if plan is not None:
             graph.metadata[PLAN_KEY] = dataclasses.replace(plan, fixed=True).to_json()
+            if not plan.bits:
+                _mark_dense(graph)
         return outcome
 
 
@@ -75,3 +79,11 @@ def _extents(graph: Graph, plan: CachePlan | None, step: Step) -> dict[str, int]
         found[f"page_{group.name}"] = step.page(group.window)
         found[f"blocks_{group.name}"] = 1
     return found
+
+
+def _mark_dense(graph: Graph) -> None:
+    """Say at the cache ops that a row's page is known, so that bodies look nothing up."""
+    for node in graph.graph:
+        if node.domain == HAL_DOMAIN and node.op_type in (CACHE_WRITE, CACHED_ATTENTION):
+            node.attributes["dense"] = ir.AttrInt64("dense", 1)
+    ensure_functions(graph.model)

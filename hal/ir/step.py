@@ -8,8 +8,10 @@ their extents, and :func:`required` says which are still to be given.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from hal.errors import InputError, UnsupportedError, did_you_mean
@@ -42,6 +44,14 @@ class Step:
         """What the lowering left in a graph."""
         data = graph.metadata.get(STEP_KEY)
         return None if data is None else cls(**data)
+
+    def takes(self, graph: Graph, calls: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether calls in a row, inputs by name, have its batch and fit into its memory."""
+        first = graph.signature().inputs[0].name
+        shapes = [np.shape(call[first]) for call in calls]
+        tokens = sum(shape[1] for shape in shapes)
+        fits = not self.capacity or tokens <= self.capacity
+        return fits and all(shape[0] == self.batch for shape in shapes)
 
     def to_json(self) -> dict[str, int]:
         """JSON-ready; ``Step(**data)`` is the inverse."""

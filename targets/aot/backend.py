@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from hal.descriptor import Descriptor
-from hal.errors import InputError, TargetError, UnsupportedError
+from hal.errors import InputError, TargetError
 from hal.ir import Graph
 from hal.targets.aot.options import AotOptions
 from hal.targets.aot.pools import KeptPool, keep_pools

@@ -64,5 +64,3 @@ def keep_pools(graph: Graph) -> tuple[Graph, list[KeptPool]]:
         body.outputs[place] = update
         kept.append(KeptPool(source, output, update.name, table.name or "", lengths.name or ""))
     return graph, kept
-
-

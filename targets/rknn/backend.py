@@ -21,6 +21,7 @@ import onnx_ir as ir
 from hal.descriptor import Descriptor
 from hal.errors import TargetError, UnsupportedError
 from hal.ir import Graph
+from hal.targets.angles import coarse_angles
 from hal.targets.backend import (
     BuildContext,
     Executable,
@@ -73,7 +74,8 @@ class RknnBackend(InOwnEnvironment):
         legal = plain(graph, options.opset)
         name_nodes(legal.model)
         with _Asked(descriptor, options) as asked:
-            self._reasons[legal.graph] = survey(legal, asked.build)
+            known = coarse_angles(legal.graph, descriptor)
+            self._reasons[legal.graph] = survey(legal, asked.build, known)
         return legal
 
     def supports(self, node: ir.Node, descriptor: Descriptor) -> Verdict:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import onnx_ir as ir
 
@@ -38,9 +39,11 @@ class Answer:
 Build = Callable[[Graph], Answer]
 
 
-def survey(graph: Graph, build: Build) -> dict[ir.Node, str]:
-    """Why each node that is not for the chip is not."""
-    reasons = {node: reason for node in graph.graph if (reason := _unfit(node))}
+def survey(
+    graph: Graph, build: Build, known: Mapping[ir.Node, str] = MappingProxyType({})
+) -> dict[ir.Node, str]:
+    """Why each node that is not for the chip is not; ``known`` are some of them."""
+    reasons = {node: reason for node in graph.graph if (reason := _unfit(node))} | {**known}
     known: dict[tuple[ir.Node, ...], Answer] = {}
 
     def asked(segment: Segment) -> Answer:
