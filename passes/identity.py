@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -14,6 +15,7 @@ from hal.passes._edit import (
     apply_rules,
     array,
     attribute,
+    dim,
     ints,
     is_scalar,
     producer,
@@ -105,7 +107,7 @@ def _transpose(edit: Editor, node: ir.Node) -> bool:
     order = attribute(node, "perm")
     if order is None:
         return False
-    if list(order) == sorted(order):
+    if list(order) == sorted(order) or _moves_nothing(node, order):
         return _bypass(edit, node, node.inputs[0])
     inner = producer(node.inputs[0], "Transpose")
     first = attribute(inner, "perm") if inner is not None else None
@@ -116,6 +118,15 @@ def _transpose(edit: Editor, node: ir.Node) -> bool:
         return _bypass(edit, node, inner.inputs[0])
     out = node.outputs[0]
     return edit.replace(out, edit.op("Transpose", [inner.inputs[0]], {"perm": composed}, like=out))
+
+
+def _moves_nothing(node: ir.Node, order: Sequence[int]) -> bool:
+    """Whether only axes of extent 1 change places, and the shape stays."""
+    source = node.inputs[0]
+    if source is None or not same_dims(source, node.outputs[0]):
+        return False
+    longer = [axis for axis in order if dim(source, axis) != 1]
+    return longer == sorted(longer)
 
 
 def _reshape_pair(edit: Editor, node: ir.Node) -> bool:
