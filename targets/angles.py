@@ -34,11 +34,9 @@ def _from_positions(node: ir.Node) -> list[ir.Node]:
     while todo:
         for value in todo.pop().inputs:
             maker = value.producer() if value is not None else None
-            if value is None or maker is None or maker in steps:
-                continue
-            if value.dtype not in _FLOATS:
-                whole = True
-                continue
-            steps.append(maker)
-            todo.append(maker)
+            if value is not None and value.dtype not in _FLOATS:
+                whole |= value.const_value is None
+            elif maker is not None and maker not in steps:
+                steps.append(maker)
+                todo.append(maker)
     return steps if whole else []

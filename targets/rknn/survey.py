@@ -44,12 +44,12 @@ def survey(
 ) -> dict[ir.Node, str]:
     """Why each node that is not for the chip is not; ``known`` are some of them."""
     reasons = {node: reason for node in graph.graph if (reason := _unfit(node))} | {**known}
-    known: dict[tuple[ir.Node, ...], Answer] = {}
+    answers: dict[tuple[ir.Node, ...], Answer] = {}
 
     def asked(segment: Segment) -> Answer:
-        if segment.nodes not in known:
-            known[segment.nodes] = build(numbered(extract(graph, segment, "segment")))
-        return known[segment.nodes]
+        if segment.nodes not in answers:
+            answers[segment.nodes] = build(numbered(extract(graph, segment, "segment")))
+        return answers[segment.nodes]
 
     while True:
         _keep_codes_together(graph, reasons)

@@ -43,7 +43,9 @@ def test_the_last_position_that_there_is_room_for_can_be_filled(chunk: int, tmp_
     ids = np.array([[*PROMPT, 5, 6, 8, 10]], np.int64)
     with built.session() as one, bundle().session() as other:
         np.testing.assert_allclose(
-            one.run({"input_ids": ids})["logits"], other.run({"input_ids": ids})["logits"], atol=1e-4
+            one.run({"input_ids": ids})["logits"],
+            other.run({"input_ids": ids})["logits"],
+            atol=1e-4,
         )
         assert one.position == 13
         with pytest.raises(InputError, match=r"14 positions are asked for, the build has .* 13"):
