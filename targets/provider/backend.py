@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import ml_dtypes  # noqa: F401 - registers the names of small dtypes with NumPy
@@ -134,7 +135,10 @@ class ProviderBackend(InOwnEnvironment):
 
 
 def _refusals(
-    legal: Graph, worker: Worker, options: ProviderOptions, known: Mapping[str, str]
+    legal: Graph,
+    worker: Worker,
+    options: ProviderOptions,
+    known: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, str]:
     """Names of the nodes that are not the provider's, with the reasons; ``known`` are some.
 
