@@ -42,6 +42,7 @@ TARGETS = (
     "rv64gcv:c",
     "spacemit-k1:c",
     "wasm32",
+    "wasm32:browser",
 )
 MODELS = {
     "mlp": "perceptron",
@@ -69,6 +70,8 @@ def how(target: str) -> str:
         options = AotOptions.of_route(found.route)
         if options.machine == platform.machine():
             return "native"
+        if options.in_page:
+            return "headless Chromium"
         return Path(options.run[0]).name.removesuffix("-static")
     if found.descriptor.behaviour.simulator:
         return "the vendor's emulator" if found.descriptor.kind == "npu" else "SwiftShader"

@@ -98,7 +98,8 @@ class Plan:
     @property
     def alone(self) -> bool:
         """Whether a task arranges each channel itself: nobody else reads it, so it stays near."""
-        return self.geometry.depth == 1 and not self.arranged.as_given
+        g = self.geometry
+        return g.depth == 1 < g.groups and not self.arranged.as_given
 
     @property
     def blocks_per_group(self) -> int:
@@ -113,15 +114,19 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(geometry: Geometry, lanes: int, registers: int) -> Plan | None:
-    """How to compute it with vectors of at most ``lanes``, or None: there is no kernel."""
+def plan(geometry: Geometry, lanes: int, registers: int, together: int = 1) -> Plan | None:
+    """How to compute it with vectors of at most ``lanes``, or None: there is no kernel.
+
+    A block has a multiple of ``together`` channels; more than one ask for exactly ``lanes``.
+    """
     if geometry.taps > MOST_TAPS or min(geometry.out) < 1:
         return None
-    while lanes >= FEWEST_LANES:
+    fewest = lanes if together > 1 else FEWEST_LANES
+    while lanes >= fewest:
         arranged = _arranged(geometry, lanes)
         if arranged.length >= lanes:
             outputs = geometry.outputs // geometry.groups
-            block = _block(outputs, arranged.length, lanes, registers)
+            block = _block(outputs, arranged.length, lanes, registers, together)
             return Plan(geometry, arranged, lanes, *block)
         lanes //= 2
     return None
@@ -155,7 +160,9 @@ def _arranged(geometry: Geometry, lanes: int) -> Arrangement:
     )  # fmt: skip
 
 
-def _block(outputs: int, length: int, lanes: int, registers: int) -> tuple[int, int, int]:
+def _block(
+    outputs: int, length: int, lanes: int, registers: int, together: int
+) -> tuple[int, int, int]:
     """Channels, vectors and corner of the block with the fewest multiplications and loads."""
     vectors, left = divmod(length, lanes)
 
@@ -169,16 +176,17 @@ def _block(outputs: int, length: int, lanes: int, registers: int) -> tuple[int, 
         return -(-outputs // height) * (tiles + corner + _LOAD * (corner + 1) * (corner > 0))
 
     sizes = range(1, registers)
-    fit = [(h, w) for h in sizes for w in sizes if h * w + w < registers]
+    heights = sizes[together - 1 :: together]
+    fit = [(h, w) for h in heights for w in sizes if h * w + w < registers]
     fit = [(h, w) for h, w in fit if h <= outputs and w <= vectors + (left > 0)]
     full = [(h, w, 0) for h, w in fit]
     if left:
         full += [(h, w, left) for h, w in fit if left < h <= lanes and w <= vectors]
-    return min(full, key=cost, default=(1, 1, 0))
+    return min(full, key=cost, default=(together, 1, 0))
 
 
 def pack(weights: np.ndarray, made: Plan) -> np.ndarray:
-    """``[outputs, channels / groups, *window]`` as :attr:`Plan.packed_shape`; float32."""
+    """``[outputs, channels / groups, *window]`` as :attr:`Plan.packed_shape`."""
     g, (blocks, terms, height) = made.geometry, made.packed_shape
     rows = weights.reshape(g.groups, g.outputs // g.groups, terms)
     missing = made.blocks_per_group * height - rows.shape[1]

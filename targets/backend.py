@@ -180,3 +180,28 @@ class Backend(abc.ABC):
         Raises:
             TargetError: the segment cannot run on this machine.
         """
+
+    def page(
+        self,
+        record: Mapping[str, Any],
+        context: LoadContext,
+        folder: Path,
+        name: str,
+        ranges: Mapping[str, tuple[int, int]],
+    ) -> None:
+        """Write a segment that is a whole model as a static page for browsers, ``hal page``.
+
+        Args:
+            record: what :meth:`build` returned.
+            context: where the segment lies.
+            folder: exists and is empty; its ``index.html`` is the page.
+            name: of the model.
+            ranges: for integer inputs, the least value that makes sense and the one after the last.
+
+        Raises:
+            UnsupportedError: a browser cannot run what this backend builds.
+        """
+        raise UnsupportedError(
+            f"what the backend {self.name!r} builds does not run in a browser",
+            "choose a target whose programs do; see docs/edge-developers.md",
+        )

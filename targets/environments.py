@@ -20,6 +20,7 @@ from pathlib import Path
 from hal.errors import TargetError
 
 _TAIL = 3
+_SHOWN = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +70,9 @@ class Environment:
             TargetError: it is not made yet; the hint says how.
         """
         if not self.made:
-            needed = ", ".join((*self.alone, *self.packages, *self.debian))
+            needed = (*self.alone, *self.packages, *self.debian)
             raise TargetError(
-                f"target {target!r} needs {needed} in an environment of its own",
+                f"target {target!r} needs {_listed(needed)} in an environment of its own",
                 f"hal targets setup {target}",
             )
         return self
@@ -96,7 +97,7 @@ class Environment:
                 pip = [str(self.python), "-m", "pip", "install", "--quiet"]
                 _run([*pip, *options, *packages])
         if self.debian:
-            say(f"unpacking {', '.join(self.debian)}")
+            say(f"unpacking {_listed(self.debian)}")
             self.files.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory() as downloads:
                 _download(self.debian, Path(downloads))
@@ -104,6 +105,12 @@ class Environment:
                     _run(["dpkg", "-x", str(package), str(self.files)])
         (self.folder / "made.json").write_text(json.dumps(dataclasses.asdict(self)))
         return self.folder
+
+
+def _listed(packages: Sequence[str]) -> str:
+    """The first of them, by name."""
+    more = len(packages) - _SHOWN
+    return ", ".join(packages[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 _ARCHIVE = "http://deb.debian.org/debian"

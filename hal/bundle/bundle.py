@@ -128,6 +128,26 @@ class Bundle:
 
         return verify(self, target, against=against)
 
+    def page(self, output: str | Path, target: str | None = None) -> dict[str, Any]:
+        """Write a build as a static page for browsers: a folder that any HTTP server shows.
+
+        Args:
+            output: the folder; an earlier page is replaced.
+            target: which build; default: the first that a browser can run.
+
+        Returns:
+            ``page`` (the folder), ``target``, ``files`` (bytes by name), ``bytes``.
+
+        Raises:
+            InputError: ``output`` is something else, or its folder does not exist.
+            TargetError: there is no build for ``target``.
+            UnsupportedError: no browser runs what the build is; a part of it runs on the host, and
+                which nodes those are; or the model carries state.
+        """
+        from hal.bundle.page import write_page
+
+        return write_page(self, output, target)
+
     def narrowed(self, target: str) -> dict[str, Narrowed]:
         """Float types that a build's target computes in a smaller one, with that one's tolerances.
 

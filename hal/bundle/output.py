@@ -27,11 +27,11 @@ def bundle_writer(output: str | Path | None) -> Iterator[tuple[Path, Callable[[P
         scratch = tempfile.TemporaryDirectory(prefix="hal-")
         folder = Path(scratch.name) / "bundle"
         folder.mkdir()
-        with _readable_os_errors(folder):
+        with readable_os_errors(folder):
             yield folder, lambda path: Bundle(BundleFiles.open(path), _manifest_of(path), scratch)
         return
     goal = checked_path(output, "output")
-    with _readable_os_errors(goal):
+    with readable_os_errors(goal):
         if not goal.parent.is_dir():
             raise BundleError(f"folder {goal.parent} does not exist", f"mkdir -p {goal.parent}")
         if goal.is_dir() and any(goal.iterdir()) and not (goal / MANIFEST).exists():
@@ -87,7 +87,12 @@ def _manifest_of(folder: Path) -> Manifest:
 
 
 @contextlib.contextmanager
-def _readable_os_errors(where: Path) -> Iterator[None]:
+def readable_os_errors(where: Path) -> Iterator[None]:
+    """A block whose failures to write are told in a sentence.
+
+    Raises:
+        BundleError: no space, no permission, a name that is too long.
+    """
     reasons = {
         errno.ENOSPC: "no space left on the device",
         errno.EDQUOT: "the disk quota is used up",

@@ -14,6 +14,7 @@ from hal.cli import (
     _demo,
     _eval,
     _inspect,
+    _page,
     _run,
     _serve,
     _targets,
@@ -37,6 +38,7 @@ def create() -> typer.Typer:
     app.command("verify", epilog=_verify.EXAMPLE)(_verify.verify_command)
     app.command("inspect", epilog=_inspect.EXAMPLE)(_inspect.inspect_command)
     app.command("retarget", epilog=_compile.RETARGET_EXAMPLE)(_compile.retarget_command)
+    app.command("page", epilog=_page.EXAMPLE)(_page.page_command)
     app.command("serve", epilog=_serve.EXAMPLE)(_serve.serve_command)
     app.command("bench", epilog=_bench.EXAMPLE)(_bench.bench_command)
     app.command("eval", epilog=_eval.EXAMPLE)(_eval.eval_command)

@@ -36,6 +36,16 @@ def sample_inputs(
     return {spec.name: _sample(spec, rng, extents, metadata or {}) for spec in specs}
 
 
+def integer_range(name: str, metadata: Mapping[str, Any]) -> tuple[int, int]:
+    """The least value that :func:`sample_inputs` takes for an integer input, and the end.
+
+    A mask has one value.
+    """
+    if name.endswith("mask"):
+        return 1, 2
+    return 0, metadata.get("vocab_size", 2) if name.endswith("input_ids") else 2
+
+
 def _sample(
     spec: TensorSpec,
     rng: np.random.Generator,
@@ -51,10 +61,10 @@ def _sample(
     if dtype == np.bool_:
         return rng.integers(0, 2, shape).astype(np.bool_)
     if dtype.kind in "iu":
-        if spec.name.endswith("mask"):
-            return np.ones(shape, dtype)
-        limit = metadata.get("vocab_size", 2) if spec.name.endswith("input_ids") else 2
-        return rng.integers(0, limit, shape).astype(dtype)
+        least, end = integer_range(spec.name, metadata)
+        if least:
+            return np.full(shape, least, dtype)
+        return rng.integers(0, end, shape).astype(dtype)
     if dtype.kind == "c":
         return (rng.standard_normal(shape) + 1j * rng.standard_normal(shape)).astype(dtype)
     return rng.standard_normal(shape).astype(dtype)

@@ -25,6 +25,7 @@ from hal.descriptor import Descriptor
 from hal.errors import InputError, TargetError
 from hal.ir import Graph
 from hal.targets.aot.options import AotOptions
+from hal.targets.aot.page import require_arrays, write_page
 from hal.targets.aot.pools import KeptPool, keep_pools
 from hal.targets.backend import BuildContext, Executable, LoadContext, require_static
 from hal.targets.environments import Environment
@@ -51,9 +52,12 @@ class AotBackend(InOwnEnvironment, TvmBackend):
         """As TVM does; dynamic dims are refused here already.
 
         Raises:
-            UnsupportedError: the graph has some.
+            UnsupportedError: the graph has some, or a page cannot pass its inputs.
         """
         require_static(graph, descriptor)
+        if AotOptions.of(descriptor).in_page:
+            signature = [*graph.graph.inputs, *graph.graph.outputs]
+            require_arrays((v.name or "", v.dtype) for v in signature)
         return super().legalize(graph, descriptor)
 
     def build(self, graph: Graph, context: BuildContext) -> dict[str, Any]:
@@ -73,7 +77,9 @@ class AotBackend(InOwnEnvironment, TvmBackend):
         place = options.require(context.descriptor)
         target = completed_target(context.descriptor, options.target)
         shaping = shaping_of(context.descriptor)
-        graph, kept = keep_pools(graph)
+        kept: list[KeptPool] = []
+        if not options.in_page:  # a page is called with all that it needs
+            graph, kept = keep_pools(graph)
         lowered = lower(graph, shaping)
         module = planned_module(lowered.module, target, shaping.lanes)
         pools = {pool.input for pool in kept}
@@ -113,8 +119,14 @@ class AotBackend(InOwnEnvironment, TvmBackend):
         """
         options = AotOptions.of(context.descriptor)
         place = options.require(context.descriptor)
-        program = Path(context.files.extracted(f"{context.folder}/{PROGRAM}"))
-        weights = Path(context.files.extracted(f"{context.folder}/{WEIGHTS}"))
+        program, weights = _files(context)
+        if options.in_page:
+            scratch = tempfile.TemporaryDirectory(prefix="hal-page-")
+            page = Path(scratch.name) / "page"
+            page.mkdir()
+            write_page(page, context.descriptor.name, record, program, weights, {})
+            process = Supervised(_filled(options.run, place, page=page), context.descriptor.name)
+            return AotExecutable(process, record, options.seconds, scratch)
         program.chmod(program.stat().st_mode | 0o111)
         native = options.machine == platform.machine()
         run = ("{program}",) if native else options.run
@@ -122,12 +134,34 @@ class AotBackend(InOwnEnvironment, TvmBackend):
         process = Supervised(command, context.descriptor.name)
         return AotExecutable(process, record, options.seconds)
 
+    def page(
+        self,
+        record: Mapping[str, Any],
+        context: LoadContext,
+        folder: Path,
+        name: str,
+        ranges: Mapping[str, tuple[int, int]],
+    ) -> None:
+        """Write a page; the program must be WebAssembly.
+
+        Raises:
+            UnsupportedError: it is not, or a browser has no arrays for its inputs or outputs.
+        """
+        write_page(folder, name, record, *_files(context), ranges)
+
 
 class AotExecutable(Executable):
     """A program that runs."""
 
-    def __init__(self, process: Supervised, record: Mapping[str, Any], seconds: float) -> None:
-        self._process, self._seconds = process, seconds
+    def __init__(
+        self,
+        process: Supervised,
+        record: Mapping[str, Any],
+        seconds: float,
+        scratch: tempfile.TemporaryDirectory[str] | None = None,
+    ) -> None:
+        """``scratch`` is removed when the program has ended."""
+        self._process, self._seconds, self._scratch = process, seconds, scratch
         self._inputs: Sequence[Sequence[Any]] = record["inputs"]
         self._outputs: Sequence[Sequence[Any]] = record["outputs"]
         self._kept: Sequence[Sequence[Any]] = record.get("kept", [])
@@ -180,10 +214,28 @@ class AotExecutable(Executable):
     def close(self) -> None:
         """End the program."""
         self._process.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
 
-def _filled(command: Sequence[str], place: Environment, program: Path | None = None) -> list[str]:
-    known = {"files": place.files, "python": place.python, "here": HERE, "program": program}
+def _files(context: LoadContext) -> tuple[Path, Path]:
+    """Program and weights."""
+    program, weights = (
+        Path(context.files.extracted(f"{context.folder}/{name}")) for name in (PROGRAM, WEIGHTS)
+    )
+    return program, weights
+
+
+def _filled(
+    command: Sequence[str],
+    place: Environment,
+    program: Path | None = None,
+    page: Path | None = None,
+) -> list[str]:
+    known = {
+        "files": place.files, "python": place.python, "here": HERE,
+        "program": program, "page": page,
+    }  # fmt: skip
     filled = []
     for word in command:
         for name, path in known.items():

@@ -14,7 +14,8 @@ class AotOptions(RouteOptions):
 
     In the two commands ``{files}`` stands for where Debian packages are unpacked, ``{python}`` for
     the environment's interpreter, ``{here}`` for the folder of this backend, and in ``run``
-    ``{program}`` for the program.
+    ``{program}`` for the program, after which the weights' file is given. If ``run`` has
+    ``{page}``, it is given the folder of a page (``hal page``) with both instead.
     """
 
     backend: ClassVar[str] = "aot"
@@ -27,6 +28,11 @@ class AotOptions(RouteOptions):
     """What runs the program on another machine: an emulator, an engine."""
     machine: str = ""
     """What the operating system calls the machine that needs no such help."""
+
+    @property
+    def in_page(self) -> bool:
+        """Whether a browser runs the program."""
+        return "{page}" in self.run
 
     @field_validator("target")
     @classmethod

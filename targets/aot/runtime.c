@@ -2,6 +2,9 @@
    file; inputs come on stdin one after the other, outputs go to stdout, until stdin ends. A program
    that keeps tensors from call to call (a cache) reads a byte before the inputs: 1 if what the
    tensors shall hold comes first, 0 if they hold it already; in the beginning they hold zeros.
+   A host that shares the program's memory, as a page with a WebAssembly module does, calls the
+   functions hal_* instead, and never main: start; fill weights; then, as often as it likes, fill
+   inputs, run, read outputs. Inputs share memory with what comes later, so each run needs all.
    program.h, which is generated, has the tables. Layouts are those of TVM's C interface
    (tvm/ffi/c_api.h, tvm/runtime/c_backend_api.h) and of DLPack. */
 
@@ -95,7 +98,10 @@ static char *aligned(uint64_t bytes) {
   return data;
 }
 
-static int read_all(const tensor_t *tensors, const int *which, int count) {
+static tensor_t tensors[sizeof places / sizeof *places];
+static char *base[2];
+
+static int read_all(const int *which, int count) {
   for (int i = 0; i < count; i++) {
     uint64_t bytes = places[which[i]].bytes;
     if (fread(tensors[which[i]].data, 1, bytes, stdin) != bytes) return 0;
@@ -103,39 +109,55 @@ static int read_all(const tensor_t *tensors, const int *which, int count) {
   return 1;
 }
 
-int main(int count, char **arguments) {
-  static tensor_t tensors[sizeof places / sizeof *places];
-  char *base[2];
+#ifdef __wasm__
+#define CALLED_BY_HOST(name) __attribute__((export_name(#name)))
+#else
+#define CALLED_BY_HOST(name)
+#endif
+
+/* Memory for everything; once, before all others. */
+CALLED_BY_HOST(hal_start) void hal_start(void) {
   fill_slots();
   base[ARENA] = aligned(ARENA_BYTES);
   memset(base[ARENA], 0, ARENA_BYTES);
   base[WEIGHTS] = aligned(WEIGHT_BYTES);
-  if (WEIGHT_BYTES) {
-    FILE *file = count > 1 ? fopen(arguments[1], "rb") : 0;
-    if (!file) fail("weights", count > 1 ? arguments[1] : "no file is given");
-    if (fread(base[WEIGHTS], 1, WEIGHT_BYTES, file) != WEIGHT_BYTES) fail("weights", "cut off");
-    fclose(file);
-  }
   for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
     const place_t *p = &places[i];
     tensors[i] = (tensor_t){base[p->where] + p->offset, {CPU, 0}, p->ndim, p->dtype, p->shape, 0, 0};
   }
+}
+/* Where WEIGHT_BYTES of weights belong. */
+CALLED_BY_HOST(hal_weights) void *hal_weights(void) { return base[WEIGHTS]; }
+/* Where the tensor of that number lies, dense and in row-major order. */
+CALLED_BY_HOST(hal_input) void *hal_input(int number) { return tensors[inputs[number]].data; }
+CALLED_BY_HOST(hal_output) void *hal_output(int number) { return tensors[outputs[number]].data; }
+CALLED_BY_HOST(hal_run) void hal_run(void) {
+  for (size_t i = 0; i < CALLS; i++) {
+    any_t given[MOST_ARGUMENTS], result;
+    memset(given, 0, sizeof given), memset(&result, 0, sizeof result);
+    for (int k = 0; k < calls[i].count; k++) {
+      given[k].type_index = TENSOR_POINTER;
+      given[k].v_ptr = &tensors[calls[i].tensors[k]];
+    }
+    if (calls[i].kernel(0, given, calls[i].count, &result)) fail("kernel failed", calls[i].name);
+  }
+}
+
+int main(int count, char **arguments) {
+  hal_start();
+  if (WEIGHT_BYTES) {
+    FILE *file = count > 1 ? fopen(arguments[1], "rb") : 0;
+    if (!file) fail("weights", count > 1 ? arguments[1] : "no file is given");
+    if (fread(hal_weights(), 1, WEIGHT_BYTES, file) != WEIGHT_BYTES) fail("weights", "cut off");
+    fclose(file);
+  }
   for (;;) {
     int other = KEPT ? getchar() : 0;
     if (other == EOF) return 0;
-    if (other && !read_all(tensors, kept, KEPT)) return 0;
-    if (!read_all(tensors, inputs, INPUTS)) return 0;
-    for (size_t i = 0; i < CALLS; i++) {
-      any_t given[MOST_ARGUMENTS], result;
-      memset(given, 0, sizeof given), memset(&result, 0, sizeof result);
-      for (int k = 0; k < calls[i].count; k++) {
-        given[k].type_index = TENSOR_POINTER;
-        given[k].v_ptr = &tensors[calls[i].tensors[k]];
-      }
-      if (calls[i].kernel(0, given, calls[i].count, &result)) fail("kernel failed", calls[i].name);
-    }
-    for (size_t i = 0; i < OUTPUTS; i++)
-      fwrite(tensors[outputs[i]].data, 1, places[outputs[i]].bytes, stdout);
+    if (other && !read_all(kept, KEPT)) return 0;
+    if (!read_all(inputs, INPUTS)) return 0;
+    hal_run();
+    for (int i = 0; i < OUTPUTS; i++) fwrite(hal_output(i), 1, places[outputs[i]].bytes, stdout);
     fflush(stdout);
   }
 }

@@ -20,14 +20,8 @@ from hal.kernels import convolution_plan, winograd
 from hal.kernels.convolution_plan import Geometry, Plan
 from hal.kernels.winograd import Tiles
 from hal.targets.tvm.lowering import Shaping
+from hal.targets.tvm.own_ops import CONVOLUTION, DOMAIN, EXPANDED
 from hal.targets.tvm.quantized_codes import attribute
-
-DOMAIN = "hal.tvm"
-"""Domain of the ops that exist between this backend's own steps only."""
-
-CONVOLUTION = "Convolution"
-EXPANDED = "expanded"
-"""Attribute: the weights were codes, and are floats in the build."""
 
 _FLOAT = ir.DataType.FLOAT
 
@@ -117,14 +111,14 @@ def _fuse(graph: Graph, node: ir.Node, shaping: Shaping) -> None:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is None:
         name = f"{weights.name}.no_bias"
-        bias = _initializer(graph, ir.Tensor(np.zeros(sizes.outputs, np.float32), name=name), name)
+        bias = initializer(graph, ir.Tensor(np.zeros(sizes.outputs, np.float32), name=name), name)
     fused = ir.Node(
         DOMAIN,
         CONVOLUTION,
         [x, _packed(graph, read, f"{weights.name}.packed", made), bias, *chain.residual],
         [
-            *_attributes(dataclasses.asdict(sizes)),
-            *_attributes(chain.limits),
+            *attributes(dataclasses.asdict(sizes)),
+            *attributes(chain.limits),
             ir.AttrInt64(EXPANDED, int(codes)),
         ],
         name=node.name,
@@ -153,7 +147,7 @@ class _Chain:
             self.residual = [other]
             self.nodes.append(after)
             after = self._next()
-        limits = _limits(after) if after is not None else None
+        limits = limits_of(after) if after is not None else None
         if after is not None and limits is not None:
             self.nodes.append(after)
             self.limits = limits
@@ -165,11 +159,8 @@ class _Chain:
 
     def _next(self) -> ir.Node | None:
         """The only reader of what is there so far."""
-        value = self.last.outputs[0]
-        uses = list(value.uses())
-        if len(uses) != 1 or value.is_graph_output() or uses[0].node.graph is not self.last.graph:
-            return None
-        return uses[0].node if not uses[0].node.domain else None
+        node = only_reader(self.last.outputs[0], self.last)
+        return node if node is not None and not node.domain else None
 
     def _other(self, node: ir.Node) -> ir.Value | None:
         """What is added, if it has the same shape."""
@@ -181,7 +172,15 @@ class _Chain:
         return other if own.shape is not None and other.shape == own.shape else None
 
 
-def _limits(node: ir.Node) -> dict[str, float] | None:
+def only_reader(value: ir.Value, maker: ir.Node) -> ir.Node | None:
+    """The node that reads ``value``, if there is one only and it is no result of the graph."""
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output() or uses[0].node.graph is not maker.graph:
+        return None
+    return uses[0].node
+
+
+def limits_of(node: ir.Node) -> dict[str, float] | None:
     """Bounds of ``Relu``, or of ``Clip`` with constant ones."""
     if node.op_type == "Relu":
         return {"low": 0.0}
@@ -195,6 +194,12 @@ def _limits(node: ir.Node) -> dict[str, float] | None:
             return None
         limits[name] = float(value.const_value.numpy())
     return limits
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """The values of a constant, be it floats or codes that are dequantized; None if it is none."""
+    read = _reader(value) if value is not None else None
+    return read() if read else None
 
 
 def _reader(weights: ir.Value) -> Callable[[], np.ndarray] | None:
@@ -239,10 +244,11 @@ def _packed(
 
     shape = made.products.packed_shape if isinstance(made, Tiles) else made.packed_shape
     lazy = ir.LazyTensor(pack, dtype=_FLOAT, shape=ir.Shape(shape), name=name)
-    return _initializer(graph, lazy, name)
+    return initializer(graph, lazy, name)
 
 
-def _initializer(graph: Graph, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+def initializer(graph: Graph, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+    """A constant of the graph."""
     if name in graph.graph.initializers:
         name = f"{name}.{len(graph.graph.initializers)}"
     value = ir.Value(name=name, const_value=tensor)
@@ -251,7 +257,8 @@ def _initializer(graph: Graph, tensor: ir.TensorProtocol, name: str) -> ir.Value
     return value
 
 
-def _attributes(values: Mapping[str, Any]) -> list[ir.Attr]:
+def attributes(values: Mapping[str, Any]) -> list[ir.Attr]:
+    """Numbers and tuples of whole numbers as attributes."""
     made: list[ir.Attr] = []
     for name, value in values.items():
         if isinstance(value, tuple):

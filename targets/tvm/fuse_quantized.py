@@ -20,6 +20,7 @@ from hal.ir.small_floats import restate_small_floats
 from hal.ir.weights import as_bytes
 from hal.kernels.quantized_layout import Layout, pack
 from hal.targets.tvm.lowering import Shaping
+from hal.targets.tvm.own_ops import DOMAIN
 from hal.targets.tvm.quantized_codes import (
     Codes,
     attribute,
@@ -28,9 +29,6 @@ from hal.targets.tvm.quantized_codes import (
     tensor_of,
     weights_of,
 )
-
-DOMAIN = "hal.tvm"
-"""Domain of the ops that exist between this backend's own steps only."""
 
 MATMUL = "QuantizedMatMul"
 GATHER = "QuantizedGather"

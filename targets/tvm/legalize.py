@@ -5,6 +5,7 @@ from __future__ import annotations
 from hal.ir import Graph
 from hal.ir.inline import infer_types, inline_functions, may_have_body
 from hal.targets.simplify import turn_weights
+from hal.targets.tvm.fuse_codes import fuse_codes
 from hal.targets.tvm.fuse_convolutions import fuse_convolutions
 from hal.targets.tvm.fuse_quantized import fuse_quantized
 from hal.targets.tvm.lower import check
@@ -22,6 +23,7 @@ def legalize(graph: Graph, shaping: Shaping) -> Graph:
     graph = graph.clone()
     infer_types(graph.model)
     fuse_quantized(graph, shaping)
+    fuse_codes(graph, shaping)
     fuse_convolutions(graph, shaping)
     for _ in range(_MAX_ROUNDS):
         refused = [n for n in check(graph.graph, shaping) if may_have_body(graph.model, n)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from hal.targets.reading import WeightReads, bytes_read, decodes
-from hal.targets.tvm.fuse_convolutions import CONVOLUTION, EXPANDED
+from hal.targets.tvm.own_ops import CONVOLUTION, EXPANDED
 
 _IN_EACH_CALL = (
     "weights have no kernel that reads their codes: each call expands them to floats, and their"

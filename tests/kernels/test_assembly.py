@@ -12,11 +12,20 @@ import pytest
 pytest.importorskip("tvm")
 
 from hal.descriptor import Descriptor
-from hal.kernels import arrange, attention, convolution, convolution_plan, matmul, moe
+from hal.kernels import (
+    arrange,
+    attention,
+    codes_convolution,
+    convolution,
+    convolution_plan,
+    matmul,
+    moe,
+)
 from hal.kernels import cache as cache_kernels
 from hal.kernels.quantized_layout import Layout, byte_dot
 from hal.targets import resolve
 from tests import cache
+from tests.kernels import test_codes_convolution
 from tests.kernels.assembly import Allowed, Line, inner_loops, multiplications, names
 from tests.kernels.support import (
     Chip,
@@ -170,7 +179,7 @@ def convolved(on: On) -> list[str]:
     z = device(np.zeros((2, 3, made.arranged.extent), np.float32))
     out = device(np.zeros((2, 5, sizes.out[0] * sizes.out[1]), np.float32))
     first = compiled(arrange.arrange(made), on.chip.target)
-    then = compiled(convolution.convolution(made, 2, low=0.0), on.chip.target)
+    then = compiled(convolution.convolution(made, 2, convolution.Floats(low=0.0)), on.chip.target)
     first.call(device(x), z)
     then.call(z, device(convolution_plan.pack(w, made)), device(bias), out)
     padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
@@ -179,6 +188,23 @@ def convolved(on: On) -> list[str]:
     got = out.numpy().reshape(expected.shape)
     np.testing.assert_allclose(got, np.maximum(expected, 0), rtol=1e-4, atol=1e-4)
     return [then.assembly, first.assembly]
+
+
+def convolved_codes(on: On) -> list[str]:
+    if on.chip.dot is None:
+        pytest.skip("codes are convolved where there is a dot product of bytes")
+    sizes = convolution_plan.Geometry(
+        5, 7, 1, (9, 2 * on.chip.dot.lanes + 5), (3, 3), pads=(1, 1, 1, 1)
+    )
+    made = codes_convolution.plan(sizes, on.chip.dot, on.chip.registers)
+    assert made is not None
+    x, w, factor, bias = test_codes_convolution.drawn(sizes, 2)
+    out = codes_convolution.Rounding(1.0, 77)
+    terms = codes_convolution.Codes(on.chip.dot, test_codes_convolution.X, out)
+    got = test_codes_convolution.computed(made, terms, on.chip, x, w, factor, bias)
+    value = test_codes_convolution.sums(sizes, x, w) * factor[:, None] + bias[:, None]
+    assert np.abs(got - np.clip(value + 77, 0, 255)).max() < 0.502
+    return [compiled(convolution.convolution(made, 2, terms), on.chip.target).assembly]
 
 
 KERNELS: dict[str, Callable[[On], list[str]]] = {
@@ -192,6 +218,7 @@ KERNELS: dict[str, Callable[[On], list[str]]] = {
     "cached attention, 8 bits": lambda on: cached(on, 8),
     "experts": experts,
     "convolution": convolved,
+    "convolution of codes": convolved_codes,
 }
 """Each runs on the chip, checks its results against NumPy, and gives the assembly."""
 
@@ -204,6 +231,7 @@ PRODUCTS = {
     "cached attention, 8 bits": 4,
     "experts": 4,
     "convolution": 9,
+    "convolution of codes": 36,
 }
 """Multiplications that an inner loop has at least. Scaling sums takes fewer; that of scores is
 unrolled, and activations are prepared without any."""
@@ -219,7 +247,7 @@ def test_a_kernel_is_right_and_uses_only_what_its_descriptor_allows(
     for text in texts:
         found = allowed.violations(text)
         assert not found, (names(found), found[:5])
-    integer = "by rounded" in kernel and on.chip.dot is not None
+    integer = ("by rounded" in kernel or "of codes" in kernel) and on.chip.dot is not None
     if kernel in PRODUCTS:
         assert multiplications(texts[0], allowed, integer=integer) >= PRODUCTS[kernel]
 

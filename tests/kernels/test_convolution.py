@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 pytest.importorskip("tvm")
 
 from hal.kernels.arrange import arrange
-from hal.kernels.convolution import convolution, tasks
+from hal.kernels.convolution import Floats, convolution, tasks
 from hal.kernels.convolution_plan import Geometry, Plan, pack, plan
 from tests.kernels.support import Chip, chip, compiled, device, runs_here
 
@@ -43,7 +43,8 @@ def computed(
 ) -> np.ndarray:
     g, to = made.geometry, made.arranged
     more = [] if residual is None else [device(residual)]
-    kernel = convolution(made, 2, residual=residual is not None, low=low, high=high)
+    terms = Floats(residual=residual is not None, low=low, high=high)
+    kernel = convolution(made, 2, terms)
     room = []
     if made.alone:
         z, count = device(x), len(x) * tasks(made, 2)

@@ -9,7 +9,7 @@ pytest.importorskip("tvm")
 
 from hal.kernels import winograd
 from hal.kernels.arrange import arrange
-from hal.kernels.convolution import convolution
+from hal.kernels.convolution import Floats, convolution
 from hal.kernels.convolution_plan import Geometry
 from tests.kernels.support import chip, compiled, device, runs_here
 from tests.kernels.test_convolution import reference
@@ -54,7 +54,7 @@ def test_tiles_give_what_plain_sums_give(
     v = empty(2, 16 * g.channels, made.count)
     compiled(winograd.scatter(made), on.target).call(z, v)
     u = empty(2, 16 * g.outputs, made.count)
-    products = compiled(convolution(made.products, 2, bias=False), on.target)
+    products = compiled(convolution(made.products, 2, Floats(bias=False)), on.target)
     products.call(v, device(winograd.pack(w, made)), u)
     out = empty(2, g.outputs, pixels)
     limits = {"residual": True, "low": 0.0, "high": 9.0} if follows else {}

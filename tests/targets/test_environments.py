@@ -38,6 +38,12 @@ def test_one_that_is_not_made_is_told() -> None:
     assert caught.value.hint == "hal targets setup chip"
 
 
+def test_of_many_packages_the_first_are_told() -> None:
+    many = Environment(("a==1",), tuple(f"lib{i}" for i in range(60)))
+    with pytest.raises(TargetError, match="needs a==1, lib0, lib1, lib2 and 57 more in an env"):
+        many.require("chip")
+
+
 def test_packages_that_cannot_be_had_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_CONFIG_FILE"):

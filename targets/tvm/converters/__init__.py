@@ -25,8 +25,8 @@ from hal.targets.tvm.converters import (
     slicing,
 )
 from hal.targets.tvm.dims import Refused
-from hal.targets.tvm.fuse_quantized import DOMAIN
 from hal.targets.tvm.lowering import Converter
+from hal.targets.tvm.own_ops import DOMAIN
 
 _FAMILIES = (
     elementwise,

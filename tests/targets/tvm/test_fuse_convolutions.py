@@ -14,8 +14,9 @@ from hal.ir import Graph
 from hal.ir.evaluate import evaluate
 from hal.ir.inline import infer_types
 from hal.targets.tvm.direct import compile_model
-from hal.targets.tvm.fuse_convolutions import CONVOLUTION, fuse_convolutions
+from hal.targets.tvm.fuse_convolutions import fuse_convolutions
 from hal.targets.tvm.lowering import Shaping
+from hal.targets.tvm.own_ops import CONVOLUTION
 from tests.passes.toys import Toy
 
 SHAPING = Shaping(lanes=8, registers=16, cores=2)

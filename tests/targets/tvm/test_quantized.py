@@ -19,8 +19,9 @@ from hal.ir.ops import ensure_functions
 from hal.kernels.quantized_layout import byte_dot, rounded
 from hal.targets import resolve
 from hal.targets.tvm.direct import compile_graph
-from hal.targets.tvm.fuse_quantized import DOMAIN, fuse_quantized
+from hal.targets.tvm.fuse_quantized import fuse_quantized
 from hal.targets.tvm.lowering import Shaping
+from hal.targets.tvm.own_ops import DOMAIN
 from hal.targets.tvm.target import tvm_target
 
 _DTYPES: dict[str, Any] = {
