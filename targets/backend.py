@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from hal.descriptor import Descriptor, Route
+from hal.errors import UnsupportedError
 from hal.ir import Graph
 from hal.ir.step import free_dims, required
 from hal.targets.reading import WeightReads
