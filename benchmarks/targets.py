@@ -25,6 +25,7 @@ from rich.console import Console
 import hal
 from hal.conformance import model_cases, run_suite
 from hal.errors import HalError
+from hal.runtime.here import NOT_RUN
 from hal.targets import load_backend, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +44,9 @@ TARGETS = (
     "spacemit-k1:c",
     "wasm32",
     "wasm32:browser",
+    "h200-sxm:cuda",
+    "h200-sxm:emulated",
+    "jetson-agx-orin-64gb:cuda",
 )
 MODELS = {
     "mlp": "perceptron",
@@ -51,6 +55,10 @@ MODELS = {
     "encoder": "encoder",
     "language-model": "language model",
 }
+CHECKED = (
+    "the toolkit has compiled every kernel and lists those that are called, each within the chip's"
+    " threads and shared memory of a block"
+)
 START = """# Targets that run
 
 Written by `benchmarks/targets.py` from real runs. A cell has the largest difference of an output
@@ -58,12 +66,17 @@ from the neutral graph's reference in float32 (an int8 model's from its own), an
 nodes that the target ran itself; the host ran the others. The language model takes a prompt and two
 more tokens on the state that it carries; on targets with static shapes as steps of one token, with
 room for 64 positions.
+*Built*: the same without the run.
 """
 
 
 def how(target: str) -> str:
-    """What runs the programs here: the chip itself, an emulator, a simulator."""
+    """What runs the programs here: the chip itself, an emulator, a simulator, or nothing."""
     found = resolve(target)
+    if load_backend(found.backend).cannot_run(found.descriptor):
+        return "nothing: built only"
+    if found.route_name == "emulated":
+        return "the processor, thread by thread"
     if found.backend == "aot":
         from hal.targets.aot import AotOptions
 
@@ -92,8 +105,9 @@ def tried(target: str, models: Sequence[str], say: Any) -> dict[str, Any]:
     cases = [case for case in model_cases() if case.name in models]
     for outcome in run_suite(cases, target, native=False, limit=900):
         say(f"{target}: {outcome.name} {outcome.status}")
+        status = "built" if NOT_RUN in outcome.reason else outcome.status
         row["models"][outcome.name] = {
-            "status": outcome.status, "reason": outcome.reason, "share": outcome.share,
+            "status": status, "reason": outcome.reason, "share": outcome.share,
             "max_error": outcome.max_error, "seconds": round(outcome.seconds, 1),
         }  # fmt: skip
     return {**row, "seconds": round(time.perf_counter() - start, 1)}
@@ -103,6 +117,8 @@ def cell(figures: dict[str, Any] | None) -> str:
     """Largest error and the share on the device, or why there is none."""
     if figures is None:
         return ""
+    if figures["status"] == "built":
+        return f"built, {figures['share']:.0%}"
     if figures["status"] == "passed":
         return f"{figures['max_error']:.1g}, {figures['share']:.0%}"
     return "refused" if figures["status"] == "unsupported" else f"**{figures['status']}**"
@@ -120,10 +136,13 @@ def page(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
     for row in rows:
         cells = [cell(row["models"].get(name)) for name in MODELS]
         lines.append(f"| `{row['target']}` | {row['how']} | " + " | ".join(cells) + " |")
+        built = [f["reason"] for f in row["models"].values() if f["status"] == "built"]
+        if built:
+            reasons.append(f"- `{row['target']}`: {built[0].partition(': ')[2]}; {CHECKED}.")
         if "reason" in row:
             reasons.append(f"- `{row['target']}` cannot run here: {row['reason']}.")
         for name, figures in row["models"].items():
-            if figures["reason"]:
+            if figures["reason"] and figures["status"] != "built":
                 reasons.append(f"- `{row['target']}`, {MODELS[name]}: {figures['reason']}.")
     return "\n".join([*lines, "", *reasons]).rstrip() + "\n"
 

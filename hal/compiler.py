@@ -40,6 +40,7 @@ from hal.quantization import Plan, beside, parse_request, quantize_graph, resuma
 from hal.runtime import verification
 from hal.runtime.arrays import check_inputs
 from hal.runtime.cache_options import CacheOptions, parse_kv_cache
+from hal.runtime.here import NOT_RUN, cannot_run
 from hal.runtime.memory import give_back, given_back_when_freed
 from hal.runtime.opening import find_build
 from hal.runtime.saved_state import state_digest
@@ -358,6 +359,8 @@ def _verify_builds(
     for name, record in manifest.builds.items():
         if isinstance(reference, str):
             record.verification = {"passed": None, "reason": reference}
+        elif why := cannot_run(record):
+            record.verification = {"passed": None, "reason": f"{NOT_RUN}: {why}"}
         else:
             job.say(f"verifying {name}")
             record.verification = _verify_one(bundle, graph, reference, resolved.get(name, name))

@@ -72,6 +72,39 @@ def write(heads: int, channels: int, dtype: str) -> Any:
     return cache_write
 
 
+@functools.lru_cache(maxsize=64)
+def scatter(heads: int, channels: int, dtype: str) -> Any:
+    """:func:`write` as a block over all elements, which are apart, for a scheduler to shape."""
+
+    @T.prim_func(s_tir=True)
+    def cache_write(  # type: ignore[no-untyped-def]
+        pool_data: T.handle, update_data: T.handle, table_data: T.handle, lengths_data: T.handle
+    ):
+        T.func_attr({"tirx.noalias": True, "op_pattern": 8})
+        pages = T.int64()
+        page = T.int64()
+        batch = T.int64()
+        count = T.int64()
+        blocks = T.int64()
+        pool = T.match_buffer(pool_data, (pages, heads, page, channels), dtype)
+        update = T.match_buffer(update_data, (batch, heads, count, channels), dtype)
+        table = T.match_buffer(table_data, (batch, blocks), "int32")
+        lengths = T.match_buffer(lengths_data, (batch,), "int64")
+        for i, j, k, m in T.grid(batch, heads, count, channels):
+            with T.sblock("write"):
+                b, h, s, c = T.axis.remap("SSSS", [i, j, k, m])
+                T.reads(update[b, h, s, c], table[b, 0:blocks], lengths[b])
+                T.writes(pool[0:pages, h, 0:page, c])
+                pool[
+                    T.Cast("int64", table[b, (lengths[b] + s) // page]),
+                    h,
+                    (lengths[b] + s) % page,
+                    c,
+                ] = update[b, h, s, c]
+
+    return cache_write
+
+
 @dataclasses.dataclass(frozen=True)
 class Attention:
     """What an attention kernel is made for.

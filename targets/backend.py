@@ -27,7 +27,10 @@ HAL_API = "1"
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """Whether a backend can run here: ``present``, ``simulator`` or ``absent``, and why."""
+    """Whether a backend can run here, and why.
+
+    ``present``, ``simulator``, ``absent``, or ``builds``: it builds here what runs elsewhere.
+    """
 
     status: str
     reason: str = ""
@@ -141,6 +144,13 @@ class Backend(abc.ABC):
     def static_shapes(self, descriptor: Descriptor) -> bool:
         """Whether programs have static shapes only, so that dynamic dims need extents."""
         return not descriptor.behaviour.dynamic_shapes
+
+    def cannot_run(self, descriptor: Descriptor) -> str:
+        """Why what is built for a target does not run here, in a phrase; empty if it does.
+
+        Such a build is not compared with the reference when it is made.
+        """
+        return ""
 
     def setup(self, descriptor: Descriptor, say: Callable[[str], None]) -> Path | None:
         """Install what a target needs beyond Python packages of this environment; say what happens.

@@ -15,7 +15,7 @@ def facts(threads: int) -> dict[str, Any]:
     info = _cpu_info()
     flags = (info.get("flags") or info.get("Features") or "").split()
     return {
-        "cpu": info.get("model name") or platform.processor() or platform.machine(),
+        "cpu": _name(info),
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,
         "flags": sorted(flag for flag in flags if any(word in flag for word in _TOLD)),
@@ -23,6 +23,14 @@ def facts(threads: int) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
+
+
+def _name(info: dict[str, str]) -> str:
+    """The processor's name; virtual machines tell generations apart by family and model only."""
+    name = info.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in info:
+        name += f" (family {info['cpu family']}, model {info.get('model', '?')})"
+    return name
 
 
 def _cpu_info() -> dict[str, str]:

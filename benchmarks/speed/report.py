@@ -54,7 +54,7 @@ def page(data: Data, source: str) -> Iterator[str]:
     verdicts = judge(data["cells"])
     yield from _goals(verdicts)
     yield from _not_measured(data)
-    yield from _groups(data["cells"])
+    yield from _groups(data)
     yield from _profiles(data.get("profiles", {}), missed(verdicts))
     yield from _own_scripts(data)
 
@@ -118,7 +118,8 @@ def _goals(verdicts: Sequence[Verdict]) -> Iterator[str]:
     yield from table(["goal", "cell", "wanted", "found", ""], rows)
 
 
-def _groups(cells: Mapping[str, Cell]) -> Iterator[str]:
+def _groups(data: Data) -> Iterator[str]:
+    cells: Mapping[str, Cell] = data["cells"]
     groups: dict[str, list[str]] = {}
     for key in cells:
         if not key.startswith("machine/"):
@@ -126,7 +127,15 @@ def _groups(cells: Mapping[str, Cell]) -> Iterator[str]:
     yield "## Figures\n"
     for title, keys in groups.items():
         yield f"### {title}\n"
+        yield from _earlier(data, {str(cells[key].get("measured")) for key in keys})
         yield from _group([cells[key] for key in keys])
+
+
+def _earlier(data: Data, dates: set[str]) -> Iterator[str]:
+    """On what figures of earlier runs were measured."""
+    for date in sorted(dates & set(data.get("earlier", {}))):
+        facts = data["earlier"][date]
+        yield f"Measured {date} on {facts['cpu']}, {facts['threads']} threads.\n"
 
 
 def _group(cells: Sequence[Cell]) -> Iterator[str]:

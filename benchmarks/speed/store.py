@@ -32,7 +32,7 @@ class Store:
         self.data["cells"][cell] = {
             "group": group.title, "title": measure.title, "unit": measure.unit,
             "higher_is_better": measure.higher_is_better, "facts": dict(group.facts),
-            "rows": rows,
+            "rows": rows, "measured": self.data.get("machine", {}).get("date"),
         }  # fmt: skip
         self.write()
 
@@ -45,7 +45,10 @@ class Store:
         return self._resume and contender in self.data.get("profiles", {}).get(group, {})
 
     def fact(self, name: str, value: Mapping[str, Any]) -> None:
-        """Store something that is no cell."""
+        """Store something that is no cell; the machine of earlier cells is kept."""
+        before = self.data.get(name)
+        if name == "machine" and before:
+            self.data.setdefault("earlier", {})[before["date"]] = before
         self._fresh.add(name)
         self.data[name] = value
         self.write()

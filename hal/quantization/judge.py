@@ -59,6 +59,7 @@ class Judge:
                 path = Path(self._folder.name) / f"{len(self._right)}.npy"
                 np.save(path, np.asarray(result, np.float32))
                 self._right.append(np.load(path, mmap_mode="r"))
+                del result  # logits are hundreds of megabytes: not two at a time
 
     def _output(self, graph: Graph) -> str:
         names = [spec.name for spec in graph.signature().outputs]
@@ -109,6 +110,7 @@ class Judge:
             for name, value in rows.items():
                 totals[name] = totals.get(name, 0.0) + value
             count += 1
+            del found
         means = {name: value / count for name, value in totals.items()}
         if "ppl" in means:
             means["ppl"] = float(np.exp(means["ppl"]))

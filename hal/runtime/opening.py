@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from hal.errors import TargetError
+from hal.runtime.here import cannot_run
 from hal.runtime.session import Session
-from hal.targets import load_backend
 
 if TYPE_CHECKING:
     from hal.bundle.bundle import Bundle
@@ -39,9 +39,8 @@ def open_session(
         return Session(bundle, name, threads=threads, kv_layout=kv_layout)
     reasons = []
     for name, record in builds.items():
-        probe = load_backend(record.backend).probe()
-        if probe.status == "absent":
-            reasons.append(f"{name}: {probe.reason}")
+        if why := cannot_run(record):
+            reasons.append(f"{name}: {why}")
             continue
         return Session(bundle, name, threads=threads, kv_layout=kv_layout)
     raise TargetError(

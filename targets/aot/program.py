@@ -12,6 +12,7 @@ from tvm import tirx
 from hal.errors import UnsupportedError
 from hal.targets.aot.plan import Plan
 from hal.targets.tvm.pipeline import calls_of_kernels
+from hal.targets.tvm.schedule import schedule
 
 
 def planned_module(module: tvm.IRModule, target: Mapping[str, Any], lanes: int) -> tvm.IRModule:
@@ -23,7 +24,7 @@ def planned_module(module: tvm.IRModule, target: Mapping[str, Any], lanes: int) 
     chosen = tvm.target.Target(dict(target))
     try:
         with chosen:
-            return calls_of_kernels(lanes)(module)
+            return calls_of_kernels(schedule(lanes))(module)
     except Exception as error:  # TVM raises its own kinds
         raise _failed(error) from error
 

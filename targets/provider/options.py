@@ -24,8 +24,10 @@ class Left(BaseModel):
     """Op of ONNX."""
     input: int | None = Field(default=None, ge=0)
     """Only nodes that have this input."""
-    computed: bool = False
-    """Only nodes whose ``input`` is no constant."""
+    computed: bool | None = None
+    """Only nodes whose ``input`` is no constant; false: only those whose is one."""
+    rank: int | None = Field(default=None, ge=0)
+    """Only nodes whose ``input`` has so many axes."""
     reason: str = Field(min_length=1)
     """What is wrong with them; users read it."""
 
@@ -38,7 +40,10 @@ class Left(BaseModel):
         value = node.inputs[self.input] if self.input < len(node.inputs) else None
         if value is None:
             return False
-        return not self.computed or ir.convenience.get_const_tensor(value) is None
+        if self.rank is not None and (value.shape is None or len(value.shape) != self.rank):
+            return False
+        constant = ir.convenience.get_const_tensor(value) is not None
+        return self.computed is None or self.computed != constant
 
 
 class ProviderOptions(RouteOptions):

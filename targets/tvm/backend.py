@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from hal.descriptor import Descriptor, Route, TvmRoute
 from hal.errors import (
+    HalError,
     InputError,
     MissingExtraError,
     TargetError,
@@ -26,10 +27,10 @@ from hal.ir.cache_plan import in_place
 from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
 from hal.targets.detect import usable_cores
 from hal.targets.reading import WeightReads
-from hal.targets.tvm.notes import weights_read
 from hal.targets.tvm.target import tvm_route, tvm_target
 
 if TYPE_CHECKING:
+    from hal.targets.tvm.lower import Lowered
     from hal.targets.tvm.lowering import Shaping
     from hal.targets.tvm.program import Program
 
@@ -81,10 +82,16 @@ class TvmBackend(Backend):
         _require_tvm()
         from hal.targets.tvm.legalize import legalize
 
-        return legalize(graph, shaping_of(descriptor))
+        return legalize(graph, self.shaping(descriptor))
+
+    def shaping(self, descriptor: Descriptor) -> Shaping:
+        """What kernels for a chip are shaped by."""
+        return shaping_of(descriptor)
 
     def weights_read(self, graph: Graph) -> WeightReads:
         """Counted on the weights as the kernels have them packed."""
+        from hal.targets.tvm.notes import weights_read
+
         return weights_read(graph.graph)
 
     def supports(self, node: ir.Node, descriptor: Descriptor) -> Verdict:
@@ -96,7 +103,7 @@ class TvmBackend(Backend):
         if not isinstance(graph, ir.Graph):
             return Verdict.no("the node is in a function body")
         if graph not in self._refused:
-            self._refused[graph] = check(graph, shaping_of(descriptor))
+            self._refused[graph] = check(graph, self.shaping(descriptor))
         reason = self._refused[graph].get(node)
         return Verdict.yes() if reason is None else Verdict.no(reason)
 
@@ -108,14 +115,11 @@ class TvmBackend(Backend):
         """
         _require_tvm()
         from hal.targets.tvm.lower import lower
-        from hal.targets.tvm.program import compile_module, export
+        from hal.targets.tvm.notes import weights_read
         from hal.targets.tvm.weights import record_weights
 
-        route, target = tvm_route(context.descriptor), tvm_target(context.descriptor)
-        shaping = shaping_of(context.descriptor)
-        lowered = lower(graph, shaping)
-        library = compile_module(lowered.module, target, shaping.lanes)
-        export(library, context.folder / LIBRARY, route.cross_compiler)
+        lowered = lower(graph, self.shaping(context.descriptor))
+        facts = self.write_library(graph, lowered, context)
         reads = weights_read(graph.graph)
         weights = record_weights(lowered.weights, context.folder)
         return {
@@ -128,7 +132,35 @@ class TvmBackend(Backend):
             "notes": reads.notes,
             "bytes_read": reads.bytes,
             "tvm": importlib.metadata.version("apache-tvm"),
+            **facts,
         }
+
+    def write_library(
+        self, graph: Graph, lowered: Lowered, context: BuildContext
+    ) -> dict[str, Any]:
+        """Compile a segment, which is ``lowered``, to ``lib.so``; what else its record is to say.
+
+        Raises:
+            UnsupportedError: it cannot be compiled.
+        """
+        from hal.targets.tvm.compilation import compile_module, export
+
+        route, target = tvm_route(context.descriptor), tvm_target(context.descriptor)
+        lanes = self.shaping(context.descriptor).lanes
+        library = compile_module(lowered.module, target, lanes)
+        export(library, context.folder / LIBRARY, route.cross_compiler)
+        return {}
+
+    def open_library(
+        self, record: Mapping[str, Any], context: LoadContext
+    ) -> tuple[Any, Any, bool]:
+        """A segment's library, the device that it runs on, and whether that has its own memory."""
+        import tvm
+
+        from hal.targets.tvm.program import load_library
+
+        path = context.files.extracted(f"{context.folder}/{record['library']}")
+        return load_library(Path(path)), tvm.cpu(), False
 
     def load(self, record: Mapping[str, Any], context: LoadContext) -> Executable:
         """Load the library and map the weights.
@@ -137,11 +169,9 @@ class TvmBackend(Backend):
             TargetError: the library was made for another machine or another TVM.
         """
         _require_tvm()
-        from hal.targets.tvm.lower import Port
-        from hal.targets.tvm.program import Program, load_library, use_threads
+        from hal.targets.tvm.program import Port, Program, use_threads
         from hal.targets.tvm.weights import Weight, load_weights
 
-        path = context.files.extracted(f"{context.folder}/{record['library']}")
         use_threads(context.threads)
         weights = [Weight.from_json(w) for w in record["weights"]]
         tensors, alive = load_weights(weights, context.files, context.folder)
@@ -150,7 +180,7 @@ class TvmBackend(Backend):
             for side in ("inputs", "outputs")
         )
         try:
-            library = load_library(Path(path))
+            library, device, own_memory = self.open_library(record, context)
             program = Program(
                 library,
                 inputs,
@@ -159,7 +189,11 @@ class TvmBackend(Backend):
                 alive,
                 in_place=record.get("in_place"),
                 single=[(name, axis) for name, axis in record.get("single", [])],
+                device=device,
+                own_memory=own_memory,
             )
+        except HalError:
+            raise
         except Exception as error:  # TVM raises its own kinds
             text = (str(error).strip().splitlines() or [repr(error)])[-1]
             raise TargetError(

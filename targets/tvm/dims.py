@@ -22,6 +22,17 @@ class Refused(Exception):  # noqa: N818 - a verdict, not an error
     """A node (or a use of it) that this backend does not run; the text is the reason."""
 
 
+_WORDS = """
+    and asm auto bool break case catch char class const continue default delete do double else enum
+    explicit export extern false float for friend goto if inline int long mutable namespace new not
+    operator or private protected public register return short signed sizeof static struct switch
+    template this throw true try typedef typeid typename union unsigned using virtual void volatile
+    while xor
+"""
+_RESERVED = frozenset(_WORDS.split())
+"""What code generators for C++ print as it is, and its compilers do not take as a name."""
+
+
 class Symbols:
     """The dynamic dims of one graph by name, with an analyzer that knows that none is negative."""
 
@@ -38,7 +49,7 @@ class Symbols:
         """The symbol called ``name``, made on first use."""
         if name not in self._by_name:
             clean = "".join(c if c.isalnum() else "_" for c in name) or "dim"
-            var = tirx.Var(clean, "int64")
+            var = tirx.Var(f"{clean}_" if clean in _RESERVED else clean, "int64")
             self.analyzer.bind(var, tvm.ir.Range(0, self._LARGEST))
             self._by_name[name] = var
         return self._by_name[name]

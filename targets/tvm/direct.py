@@ -14,11 +14,12 @@ import onnx_ir as ir
 import tvm
 
 from hal.ir import OPSET, Graph
+from hal.targets.tvm.compilation import DEFAULT_TARGET, compile_module
 from hal.targets.tvm.dtypes import to_storage
 from hal.targets.tvm.legalize import legalize
 from hal.targets.tvm.lower import lower
 from hal.targets.tvm.lowering import Shaping
-from hal.targets.tvm.program import DEFAULT_TARGET, Program, compile_module
+from hal.targets.tvm.program import Program
 
 
 def compile_model(

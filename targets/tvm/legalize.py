@@ -22,9 +22,10 @@ def legalize(graph: Graph, shaping: Shaping) -> Graph:
     """
     graph = graph.clone()
     infer_types(graph.model)
-    fuse_quantized(graph, shaping)
-    fuse_codes(graph, shaping)
-    fuse_convolutions(graph, shaping)
+    if not shaping.plain:
+        fuse_quantized(graph, shaping)
+        fuse_codes(graph, shaping)
+        fuse_convolutions(graph, shaping)
     for _ in range(_MAX_ROUNDS):
         refused = [n for n in check(graph.graph, shaping) if may_have_body(graph.model, n)]
         refused = [n for n in refused if _MARK not in n.metadata_props]

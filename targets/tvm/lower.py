@@ -20,17 +20,7 @@ from hal.targets.tvm.converters import find
 from hal.targets.tvm.dims import Dim, Refused, Symbols
 from hal.targets.tvm.dtypes import STORED_AS
 from hal.targets.tvm.lowering import EMBED_BYTES, Lowering, Operand, Shaping
-
-STEP = "step"
-"""The function for one token of one row."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Port:
-    """An input or output of the program: its name and ONNX dtype."""
-
-    name: str
-    dtype: ir.DataType
+from hal.targets.tvm.program import STEP, Port
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,6 +68,8 @@ class Shaping:
     cores: int = 1
     registers: int = 16
     dot: Dot | None = None
+    plain: bool = False
+    """Nothing that is scheduled already: a scheduler shapes every kernel for the chip."""
 
 
 class Lowering:
@@ -120,12 +122,29 @@ class Lowering:
         if all(isinstance(item, (int, bool)) for item in content.flat):
             return _constant(np.array(content.tolist(), operand.stored).reshape(content.shape))
         items = [i if not isinstance(i, bool) else int(i) for i in content.flat]
+        if self.shaping.plain:
+            return self._chosen(items, operand)
         vector = self.builder.emit(relax.op.shape_to_tensor(relax.ShapeExpr(items)))
         if operand.stored != "int64":
             vector = self.builder.emit(relax.op.astype(vector, operand.stored))
         if content.ndim != 1:
             vector = self.builder.emit(relax.op.reshape(vector, list(content.shape)))
         return vector
+
+    def _chosen(self, items: Sequence[Any], operand: Operand) -> Any:
+        """Elements as a kernel that picks among them: they are needed where kernels run."""
+
+        def element(*indices: Any) -> Any:
+            flat: Any = tirx.const(0, "int64")
+            for index, dim in zip(indices, operand.shape, strict=True):
+                flat = flat * _index(dim) + index
+            value = _index(items[-1])
+            for place in reversed(range(len(items) - 1)):
+                value = tirx.Select(flat == place, _index(items[place]), value)
+            return value.astype(operand.stored)
+
+        shape = [_index(d) for d in operand.shape]
+        return self.te(lambda: te.compute(shape, element, name="shape"), name="shape").expr
 
     def wrap(self, expr: Any, dtype: ir.DataType | None = None) -> Operand:
         """An operand for a Relax tensor expression."""
@@ -223,7 +242,11 @@ class Lowering:
         name: str,
         scalars: Sequence[Dim] = (),
     ) -> list[Operand]:
-        """Bind a call of a hand-written kernel; ``outputs`` are shapes and TVM dtypes."""
+        """Bind a call of a hand-written kernel; ``outputs`` are shapes and TVM dtypes.
+
+        Raises:
+            Refused: kernels are to be plain, and this one is scheduled.
+        """
         var = self._added(kernel, name)
         kinds = [relax.TensorType(list(shape), dtype) for shape, dtype in outputs]
         arguments = [*(self.expr(o) for o in operands), *(_index(s) for s in scalars)]
@@ -236,13 +259,19 @@ class Lowering:
 
     def _added(self, kernel: Any, name: str) -> Any:
         """The module's variable for a kernel; finding out that it is there already takes long."""
+        if self.shaping.plain and "tirx.is_scheduled" in kernel.attrs:
+            raise Refused(f"the kernel {name!r} is written for the vectors of a processor")
         if kernel not in self._kernels:
             plain_ = kernel.without_attr("global_symbol")
             self._kernels[kernel] = self.builder.add_func(plain_, name)
         return self._kernels[kernel]
 
     def call_in_place(self, kernel: Any, operands: Sequence[Operand], name: str) -> Operand:
-        """Bind a call of a hand-written kernel that changes its first operand."""
+        """Bind a call of a hand-written kernel that changes its first operand.
+
+        Raises:
+            Refused: kernels are to be plain, and this one is scheduled.
+        """
         var = self._added(kernel, name)
         target = operands[0]
         kind = relax.TensorType(list(target.shape), target.stored)

@@ -22,15 +22,9 @@ def pipeline(target: tvm.target.Target, lanes: int, step: str = "") -> Any:
         with target:
             return tvm.transform.Sequential(
                 [
-                    calls_of_kernels(lanes),
+                    calls_of_kernels(schedule(lanes)),
                     parallel_regions(step),
-                    relax.transform.StaticPlanBlockMemory(),
-                    relax.transform.LowerAllocTensor(),
-                    relax.transform.KillAfterLastUse(),
-                    relax.transform.LowerRuntimeBuiltin(),
-                    relax.transform.ComputePrimValue(),
-                    relax.transform.VMShapeLower(),
-                    relax.transform.AttachGlobalSymbol(),
+                    for_the_machine(),
                     _no_aliases(),
                 ]
             )(module)
@@ -38,8 +32,26 @@ def pipeline(target: tvm.target.Target, lanes: int, step: str = "") -> Any:
     return passes
 
 
-def calls_of_kernels(lanes: int) -> Any:
-    """The passes after which a function allocates tensors and calls kernels that write them."""
+def for_the_machine() -> Any:
+    """The passes that plan memory and lower what is between kernels for the virtual machine."""
+    return tvm.transform.Sequential(
+        [
+            relax.transform.StaticPlanBlockMemory(),
+            relax.transform.LowerAllocTensor(),
+            relax.transform.KillAfterLastUse(),
+            relax.transform.LowerRuntimeBuiltin(),
+            relax.transform.ComputePrimValue(),
+            relax.transform.VMShapeLower(),
+            relax.transform.AttachGlobalSymbol(),
+        ]
+    )
+
+
+def calls_of_kernels(scheduled: Any) -> Any:
+    """The passes after which a function allocates tensors and calls kernels that write them.
+
+    ``scheduled`` is the pass that schedules the kernels.
+    """
     return tvm.transform.Sequential(
         [
             relax.transform.DeadCodeElimination(),
@@ -47,7 +59,7 @@ def calls_of_kernels(lanes: int) -> Any:
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
-            schedule(lanes),
+            scheduled,
             relax.transform.RewriteDataflowReshape(),
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),

@@ -1,68 +1,37 @@
-"""From a Relax module to machine code, and a loaded program that takes and gives NumPy arrays."""
+"""A loaded program that takes and gives NumPy arrays; TVM's small runtime is enough for it."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import tvm
-from tvm import relax
+from tvm.runtime.vm import VirtualMachine
 
-from hal.errors import InputError, TargetError, UnsupportedError
+from hal.errors import InputError
 from hal.targets.detect import usable_cores
 from hal.targets.tvm.dtypes import STORED_AS, from_storage, to_storage
-from hal.targets.tvm.lower import STEP, Port
-from hal.targets.tvm.pipeline import pipeline
 from hal.targets.tvm.weights import ALIGNMENT, shared_tensor
 
-DEFAULT_TARGET = {"kind": "llvm"}
+STEP = "step"
+"""The function for one token of one row."""
 
 
-def compile_module(module: tvm.IRModule, target: Mapping[str, Any], lanes: int) -> Any:
-    """Compile for a TVM target given as its JSON dictionary; ``lanes`` float32 make a vector.
+@dataclasses.dataclass(frozen=True)
+class Port:
+    """An input or output of the program: its name and ONNX dtype."""
 
-    Raises:
-        UnsupportedError: code generation failed.
-    """
-    chosen = tvm.target.Target(dict(target))
-    try:
-        return tvm.compile(module, target=chosen, relax_pipeline=pipeline(chosen, lanes, STEP))
-    except Exception as error:  # TVM raises its own kinds
-        lines = str(error).strip().splitlines()
-        raise UnsupportedError(
-            f"TVM could not compile the graph: {lines[-1] if lines else repr(error)}",
-            "report this; meanwhile use another route",
-        ) from error
-
-
-def export(library: Any, path: Path, cross_compiler: str | None = None) -> None:
-    """Write the compiled module as a shared library.
-
-    Raises:
-        TargetError: there is no C compiler to link with, or it fails.
-    """
-    options = {}
-    if cross_compiler:
-        options["fcompile"] = tvm.support.cc.cross_compiler(cross_compiler)
-    elif not tvm.support.cc.get_cc():
-        raise TargetError(
-            "no C compiler was found, and TVM links its libraries with one",
-            "install gcc or clang, or set CXX to one",
-        )
-    try:
-        library.export_library(str(path), **options)
-    except RuntimeError as error:  # what the linker said
-        raise TargetError(
-            f"linking {path.name} failed: {(str(error).strip().splitlines() or ['?'])[-1]}",
-            "check the C compiler and the free disk space",
-        ) from error
+    name: str
+    dtype: ir.DataType
 
 
 def load_library(path: Path) -> Any:
-    """Load what :func:`export` wrote."""
+    """Load what :func:`hal.targets.tvm.compilation.export` wrote."""
     return tvm.runtime.load_module(str(path))
 
 
@@ -84,7 +53,11 @@ def use_threads(count: int | None) -> None:
 
 
 class Program:
-    """``main`` of a Relax virtual machine with its weights."""
+    """``main`` of a Relax virtual machine with its weights.
+
+    On a ``device`` with ``own_memory``, weights are copied there once; inputs, pools included, are
+    copied there in each call, and outputs and pools back.
+    """
 
     def __init__(
         self,
@@ -95,13 +68,18 @@ class Program:
         alive: Any = None,
         in_place: Mapping[str, str] | None = None,
         single: Sequence[tuple[str, int]] = (),
+        device: Any = None,
+        own_memory: bool = False,
     ) -> None:
-        self._machine = relax.VirtualMachine(library, tvm.cpu())
+        self._device, self._own_memory = device or tvm.cpu(), own_memory
+        self._machine = VirtualMachine(library, self._device)
         self._main = self._machine["main"]
         self._step = self._machine[STEP] if single else self._main
         self._single = tuple(single)
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
+        if self._own_memory:
+            weights, alive = [tvm.runtime.tensor(w.numpy(), self._device) for w in weights], None
         self._weights = list(weights)
         self._alive = alive
         self._in_place = dict(in_place or {})
@@ -118,12 +96,13 @@ class Program:
         arguments = []
         for port in self.inputs:
             if port.name in self._pools:
-                arguments.append(self._shared(port.name, inputs[port.name]))
+                arguments.append(self._pool(port.name, inputs[port.name]))
                 continue
             array = to_storage(np.asarray(inputs[port.name]), port.dtype)
             if array.dtype.name != STORED_AS[port.dtype]:
                 array = array.astype(STORED_AS[port.dtype])
-            arguments.append(tvm.runtime.tensor(np.ascontiguousarray(array).reshape(array.shape)))
+            whole = np.ascontiguousarray(array).reshape(array.shape)
+            arguments.append(tvm.runtime.tensor(whole, self._device))
         try:
             one = all(inputs[name].shape[axis] == 1 for name, axis in self._single)
             results = (self._step if one else self._main)(*arguments, *self._weights)
@@ -135,10 +114,20 @@ class Program:
                 f"the inputs do not fit the program: {shapes}: {str(error).splitlines()[-1]}",
                 "check the shapes against the signature",
             ) from error
+        if self._own_memory:
+            for port, argument in zip(self.inputs, arguments, strict=True):
+                if port.name in self._pools:
+                    np.copyto(inputs[port.name], argument.numpy())
         found = {name: inputs[pool] for name, pool in self._in_place.items()}
         for index, port in self._made:
             found[port.name] = from_storage(results[index].numpy(), port.dtype)
         return found
+
+    def _pool(self, name: str, pool: np.ndarray) -> tvm.runtime.Tensor:
+        """A pool as the program can write it: over the same memory, or a copy on the device."""
+        if self._own_memory:
+            return tvm.runtime.tensor(pool, self._device)
+        return self._shared(name, pool)
 
     def _shared(self, name: str, pool: np.ndarray) -> tvm.runtime.Tensor:
         """A pool as a tensor over the same memory, which the program writes.

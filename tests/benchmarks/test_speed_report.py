@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from speed import goals, report
+from speed.cells import Group, Measure
 from speed.figures import best, figure, times_faster
+from speed.store import Store
 
 
 def row(name: str, family: str, *values: float, spoiled: int = 0, **more: Any) -> dict[str, Any]:
@@ -137,3 +140,20 @@ def test_the_page_has_every_contender_every_reason_and_the_profile_of_what_is_mi
     assert "`llm/llama/4-bit/decode`, h: matmul 75%, others 5%, rest 20%" in text
     assert "prefill-256`, h" not in text
     assert "Not measured: no --json" in text
+
+
+def test_figures_of_an_earlier_run_say_on_what_they_were_measured(tmp_path: Path) -> None:
+    facts = {"flags": [], "cores": 2, "threads": 2, "memory_gb": 8, "system": "Linux", "rounds": 3,
+             "python": "3", "versions": {}, "quick": False}  # fmt: skip
+    store = Store(tmp_path / "speed.json", resume=False)
+    for date, cpu, title in (("Monday", "old", "first"), ("Tuesday", "new", "second")):
+        store.fact("machine", {**facts, "date": date, "cpu": cpu})
+        measure = Measure("calls", "one image", (), "ms")
+        store.put(
+            Group(f"cnn/{title}", "cnn", title, (), (measure,)), measure, [row("h", "hal", 1.0)]
+        )
+    text = "\n".join(report.page(store.data, "speed.json"))
+    assert text.startswith("# Speed")
+    assert "Tuesday, new, 2 cores" in text
+    assert "### first\n\nMeasured Monday on old, 2 threads." in text
+    assert "### second\n\n|" in text

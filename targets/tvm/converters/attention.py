@@ -49,7 +49,7 @@ def attention(op: Op) -> list[Operand | None]:
     scores = _scores(op, q, k)
     mode = op.attribute("qk_matmul_output_mode", 0)
     biased = _biased(op, scores, q, k, past, softcap=op.attribute("softcap", 0.0))
-    weights = _guarded_softmax(op, biased)
+    weights = guarded_softmax(op, biased)
     y = _weighted(op, weights, v, q)
     debug = None
     if op.wants(3):
@@ -80,7 +80,7 @@ def _scores(op: Op, q: Operand, k: Operand) -> Operand:
         scale = 1.0 / math.sqrt(size)
     group = _group(q, k)
     wide = _wide(q)
-    if q.stored == "float32" and isinstance(size, int):
+    if q.stored == "float32" and isinstance(size, int) and not op.context.shaping.plain:
         lanes = op.context.shaping.lanes
         fast = kernels.scores(q.shape[1], k.shape[1], size, lanes, float(scale))
         shape = [*q.shape[:3], k.shape[2]]
@@ -177,7 +177,7 @@ def _masked(
     return score + value.astype(wide), []
 
 
-def _guarded_softmax(op: Op, x: Operand) -> Operand:
+def guarded_softmax(op: Op, x: Operand) -> Operand:
     """Softmax over the last axis in which a row of -inf becomes zeros."""
     precision = op.attribute("softmax_precision")
     wide = x.stored

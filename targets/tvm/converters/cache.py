@@ -10,6 +10,7 @@ import onnx_ir as ir
 from tvm import tirx
 
 from hal.kernels import cache as kernels
+from hal.targets.tvm.converters.plain_cache import plain_attention
 from hal.targets.tvm.dims import Refused
 from hal.targets.tvm.lowering import Op, Operand
 
@@ -29,13 +30,16 @@ def write(op: Op) -> Operand:
     pool, update, table, lengths = op.inputs()
     heads = _static(pool, 1, "the heads of a pool")
     channels = _static(pool, 3, "the channels of a pool")
-    kernel = kernels.write(heads, channels, pool.stored)
+    make = kernels.scatter if op.context.shaping.plain else kernels.write
+    kernel = make(heads, channels, pool.stored)
     return op.context.call_in_place(kernel, [pool, update, table, lengths], "cache_write")
 
 
 def attention(op: Op) -> Operand:
     """``hal::CachedAttention`` on float32 queries."""
     op.require(0, _FLOAT)
+    if op.context.shaping.plain:
+        return plain_attention(op)
     recent = int(op.attribute("recent", 0))
     bits = int(op.attribute("bits", 0))
     whole = _Source(op, (1, 2, 3, 4), bits, lag=recent, window=int(op.attribute("window", 0)))

@@ -118,6 +118,8 @@ def scatter_loop(
 
     ``write(out, tensors, t)`` gives the flat position in the result and the value.
     """
+    if op.context.shaping.plain:
+        raise Refused(f"{op.node.op_type} stores in order, which is one thread's work")
     total = op.symbols.simplify(product(x.shape))
     flat = [reshaped(op, o, [product(o.shape)]) for o in (x, *operands)]
 
@@ -168,6 +170,8 @@ def scatter_elements(op: Op) -> Operand:
     x, indices, updates = op.inputs()
     axis = op.axis(0, x.rank)
     combine = _COMBINE[op.attribute("reduction", "none")]
+    if op.context.shaping.plain:
+        return _gathered(op, axis, combine)
 
     def write(out: Any, tensors: Any, t: Any) -> tuple[Any, Any]:
         where, values = tensors
@@ -177,6 +181,31 @@ def scatter_elements(op: Op) -> Operand:
         return place, combine(out[place], values[t])
 
     return scatter_loop(op, x, [indices, updates], product(indices.shape), write)
+
+
+_FEW = 64
+"""Most updates along an axis that each element looks through."""
+
+
+def _gathered(op: Op, axis: int, combine: Callable[..., Any]) -> Operand:
+    """``ScatterElements`` from the side of the results: each takes the updates that are for it."""
+    x, indices, updates = op.inputs()
+    count = indices.shape[axis]
+    if not isinstance(count, int) or count > _FEW:
+        raise Refused(f"ScatterElements of more than {_FEW} updates along its axis")
+    others = [a for a in range(x.rank) if a != axis]
+
+    def element(old: Any, where: Any, values: Any, i: Any) -> Any:
+        inside = tirx.all(*(i[a] < _const(indices.shape[a]) for a in others))
+        safe = [tirx.min(n, _const(indices.shape[a]) - 1) for a, n in enumerate(i)]
+        result = old(*i)
+        for t in range(count):
+            place = [*safe[:axis], tirx.const(t, "int64"), *safe[axis + 1 :]]
+            hit = tirx.And(inside, wrapped(where(*place), x.shape[axis]) == i[axis])
+            result = tirx.Select(hit, combine(result, values(*place)), result)
+        return result
+
+    return op.compute(x.shape, element, x, indices, updates, dtype=x.dtype)
 
 
 def scatter_nd(op: Op) -> Operand:

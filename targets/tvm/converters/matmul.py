@@ -48,7 +48,7 @@ def matrix_product(op: Op, a: Operand, b: Operand) -> Operand:
 def _with_weights(op: Op, a: Operand, b: Operand) -> Operand | None:
     """The blocked kernel for a rank-2 float32 ``b`` of static shape, where it fits."""
     k, n = b.shape[-2], b.shape[-1]
-    if b.rank != 2 or a.stored != "float32" or b.stored != "float32":
+    if op.context.shaping.plain or b.rank != 2 or a.stored != "float32" or b.stored != "float32":
         return None
     if not (isinstance(k, int) and isinstance(n, int)) or k * n < 1024:
         return None
@@ -66,6 +66,8 @@ def _with_weights(op: Op, a: Operand, b: Operand) -> Operand | None:
 def _per_head(op: Op, a: Operand, b: Operand) -> Operand | None:
     """The blocked kernel for a matrix of static shape for each head of ``[batch, heads, m, k]``."""
     if a.rank != 4 or b.rank != 3 or a.stored != "float32" or b.stored != "float32":
+        return None
+    if op.context.shaping.plain:
         return None
     if not all(isinstance(d, int) for d in b.shape) or a.shape[1] != b.shape[0]:
         return None

@@ -36,6 +36,8 @@ def runtime_dims(op: Op, operand: Operand) -> list[Dim]:
     """Dims that a computed int64 vector holds, as new symbols bound when it is known."""
     if operand.rank != 1 or not isinstance(operand.shape[0], int):
         raise Refused("a shape whose rank is unknown")
+    if op.context.shaping.plain:
+        raise Refused("a shape that is computed at run time would have to come from the device")
     vector = operand
     if operand.dtype is not ir.DataType.INT64:
         vector = op.compute(

@@ -90,12 +90,18 @@ def test_what_a_descriptor_leaves_out_is_told_by_op_input_and_constant() -> None
     always = Left(op="ReduceMean", reason="wrong")
     given = Left(op="ReduceMean", input=1, reason="wrong")
     unknown = Left(op="ReduceMean", input=1, computed=True, reason="wrong")
+    known = Left(op="ReduceMean", input=1, computed=False, reason="wrong")
+    flat = Left(op="ReduceMean", input=0, rank=1, reason="wrong")
+    square = Left(op="ReduceMean", input=0, rank=2, reason="wrong")
     absent = Left(op="ReduceMean", input=2, reason="wrong")
     other = Left(op="Pad", reason="wrong")
     for left, expected in (
         (always, (True, True)),
         (given, (True, True)),
         (unknown, (False, True)),
+        (known, (True, False)),
+        (flat, (False, False)),
+        (square, (True, False)),  # the other's input has no known shape
         (absent, (False, False)),
         (other, (False, False)),
     ):

@@ -12,7 +12,7 @@ pytest.importorskip("tvm")
 import hal
 from hal.kernels.quantized_layout import byte_dot
 from hal.targets import resolve
-from hal.targets.tvm import program
+from hal.targets.tvm import compilation
 from tests import models
 from tests.kernels.assembly import Allowed, multiplications, names
 from tests.kernels.support import runs_here
@@ -32,14 +32,14 @@ _PRODUCTS = 32
 def compiled(target: Path, model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Compile, with verification, and give the assembly of the build."""
     texts = []
-    make = program.compile_module
+    make = compilation.compile_module
 
     def kept(*arguments: Any) -> Any:
         library = make(*arguments)
         texts.extend(m.inspect_source("asm") for m in library.mod.imports if m.kind == "llvm")
         return library
 
-    monkeypatch.setattr(program, "compile_module", kept)
+    monkeypatch.setattr(compilation, "compile_module", kept)
     hal.compile(
         model, target=f"{target}:tvm", quantize="w4a8", fallback=False, output=folder / "out"
     )

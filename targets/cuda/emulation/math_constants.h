@@ -1,0 +1,3 @@
+/* What cuda.h here has already. */
+#pragma once
+#include "cuda.h"
