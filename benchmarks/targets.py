@@ -4,6 +4,7 @@
 
     python benchmarks/targets.py                          # all that can be set up here
     python benchmarks/targets.py openvino wasm32          # these; rows of the others are kept
+    python benchmarks/targets.py wasm32 --model encoder   # one model; other cells are kept too
 
 Each target is set up (``hal targets setup``) and runs the small models of ``hal conformance``, in
 processes with a time limit. A target that cannot be set up is listed with the reason.
@@ -62,7 +63,10 @@ START = """# Targets that run
 
 Written by `benchmarks/targets.py` from real runs. A cell has the largest difference of an output
 from the neutral graph's reference in float32 (an int8 model's from its own), and the share of
-nodes that the target ran itself; the host ran the others. *Built*: the same without the run.
+nodes that the target ran itself; the host ran the others. The language model takes a prompt and two
+more tokens on the state that it carries; on targets with static shapes as steps of one token, with
+room for 64 positions.
+*Built*: the same without the run.
 """
 
 
@@ -87,8 +91,8 @@ def how(target: str) -> str:
     return "native"
 
 
-def tried(target: str, say: Any) -> dict[str, Any]:
-    """One row: set-up, and every model."""
+def tried(target: str, models: Sequence[str], say: Any) -> dict[str, Any]:
+    """One row: set-up, and every model that is asked for."""
     start = time.perf_counter()
     row: dict[str, Any] = {"target": target, "models": {}, "how": ""}
     try:
@@ -98,7 +102,8 @@ def tried(target: str, say: Any) -> dict[str, Any]:
         load_backend(found.backend).setup(found.descriptor, lambda text: say(f"{target}: {text}"))
     except HalError as error:
         return {**row, "reason": error.message}
-    for outcome in run_suite(model_cases(), target, native=False, limit=600):
+    cases = [case for case in model_cases() if case.name in models]
+    for outcome in run_suite(cases, target, native=False, limit=900):
         say(f"{target}: {outcome.name} {outcome.status}")
         status = "built" if NOT_RUN in outcome.reason else outcome.status
         row["models"][outcome.name] = {
@@ -143,8 +148,12 @@ def page(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
 
 
 def merged(rows: Sequence[dict[str, Any]], kept: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """New rows, and those of an earlier run whose targets were not tried again."""
-    found = {row["target"]: row for row in (*kept, *rows)}
+    """New rows and cells, and those of an earlier run that were not tried again."""
+    found = {row["target"]: row for row in kept}
+    for row in rows:
+        models = found.get(row["target"], {}).get("models", {}) if row["models"] else {}
+        both = models | row["models"]
+        found[row["target"]] = {**row, "models": {n: both[n] for n in MODELS if n in both}}
     order = [*TARGETS, *(name for name in found if name not in TARGETS)]
     return [found[name] for name in order if name in found]
 
@@ -153,6 +162,7 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("targets", nargs="*", help="which [all]")
+    parser.add_argument("--model", action="append", choices=MODELS, help="which models [all]")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "targets.md")
     parser.add_argument(
         "--json", type=Path, default=ROOT / "benchmarks" / "results" / "targets.json"
@@ -164,8 +174,9 @@ def main() -> int:
         "machine": platform.machine(), "system": platform.system(),
     }  # fmt: skip
     with console.status("starting") as status:
-        rows = [tried(target, status.update) for target in options.targets or TARGETS]
-    if options.targets and options.json.exists():
+        models = options.model or list(MODELS)
+        rows = [tried(target, models, status.update) for target in options.targets or TARGETS]
+    if (options.targets or options.model) and options.json.exists():
         rows = merged(rows, json.loads(options.json.read_text())["rows"])
     options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     options.page.write_text(page(rows, facts))

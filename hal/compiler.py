@@ -7,35 +7,27 @@ written under a temporary name next to the output and renamed at the end: a whol
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx_ir as ir
-from safetensors.numpy import save_file
-
-import hal
 from hal import frontends
 from hal.bundle.build import build_target
 from hal.bundle.bundle import Bundle, load_graph
 from hal.bundle.files import BundleFiles, unpack
 from hal.bundle.manifest import (
     GRAPH,
-    MANIFEST,
-    MANIFEST_DIGEST,
     FileRecord,
     Manifest,
-    TensorRecord,
-    digest_path,
     write_manifest,
 )
 from hal.bundle.output import bundle_writer
+from hal.bundle.pieces import copy_assets, describe, not_neutral, write_graph, write_samples
 from hal.errors import CheckFailed, HalError, InputError, TargetError
-from hal.ir import Graph, TensorSpec
+from hal.ir import Graph
 from hal.ir.cache_plan import CachePlan
+from hal.ir.step import Step, step_of
 from hal.ir.verify import verify as verify_graph
 from hal.ir.weights import write_weights
 from hal.passes import default_pipeline
@@ -43,22 +35,18 @@ from hal.passes.base import Pipeline
 from hal.passes.cache_layout import CacheLayout
 from hal.passes.fix_dims import fix_dims
 from hal.passes.pick_positions import PickPositions
+from hal.passes.static_step import StaticStep
 from hal.quantization import Plan, beside, parse_request, quantize_graph, resumable
 from hal.runtime import verification
 from hal.runtime.arrays import check_inputs
 from hal.runtime.cache_options import CacheOptions, parse_kv_cache
 from hal.runtime.here import NOT_RUN, cannot_run
 from hal.runtime.memory import give_back, given_back_when_freed
+from hal.runtime.opening import find_build
 from hal.runtime.saved_state import state_digest
-from hal.runtime.session import Session, find_build
-from hal.targets import ResolvedTarget, require_usable, resolve
-
-SAMPLES = "samples.safetensors"
-SAMPLE_BYTES = 16 << 20
-"""Example inputs up to this size are kept in the bundle, for `hal verify` to use again."""
-
-TOKENIZER_FOLDER = "tokenizer"
-"""Where the source's tokenizer files and generation settings go in a bundle."""
+from hal.runtime.session import Session
+from hal.targets import ResolvedTarget, load_backend, require_usable, resolve
+from hal.targets.backend import require_static
 
 Progress = Callable[[str], None]
 """Called with a sentence when the compiler begins something that may take long."""
@@ -94,7 +82,9 @@ def compile(
         output: where the bundle goes: a name that ends in ``.hal`` makes one file, any other a
             directory; None keeps it in a temporary folder that goes with the returned object.
         dynamic: names for dynamic axes, ``{"x": {0: "batch"}}``.
-        dims: extents for dynamic dims, ``{"batch": 1}``, for chips that take static shapes only.
+        dims: extents for dynamic dims, ``{"batch": 1}``, for chips that take static shapes only. Of
+            a model with carried state all of them: builds run steps of these extents, the neutral
+            graph keeps its dims.
         quantize: how to store weights, as ``w4a16-g32:gptq, head=w8a16`` (see
             :func:`hal.passes.quantize.parse_recipe`), ``auto`` for what the first target prefers,
             or the path of a plan; None keeps the model's own. Builds are then verified against the
@@ -133,14 +123,17 @@ def compile(
     ):
         job.say("reading the model")
         loaded = frontends.load(model, inputs, dynamic)
-        source, assets, graph = loaded.source, loaded.assets, fix_dims(loaded.graph, dims)
+        source, assets, graph = loaded.source, loaded.assets, loaded.graph
         del loaded
+        job = dataclasses.replace(job, step=step_of(graph, dims) if graph.state and dims else None)
+        graph = graph if graph.state else fix_dims(graph, dims)
+        _check_static(job, graph)
         verify_graph(graph)
         in_a_file = isinstance(model, (str, Path)) and not str(model).startswith("python:")
         samples = _user_samples(graph, inputs, strict=in_a_file)
         reference = None
         if request is None:
-            reference = job.reference(lambda: verification.reference_for(graph, samples))
+            reference = job.reference(lambda: _reference_for(graph, samples, job))
         job.say("running the passes")
         graph, reports = default_pipeline(targets[0].descriptor, options.carry).run(graph)
         _check_cache(graph, kv_cache, options)
@@ -157,13 +150,13 @@ def compile(
                 say=job.say,
             )
             reports = [*reports, *more]
-            reference = job.reference(lambda: verification.reference_for(graph, samples))
+            reference = job.reference(lambda: _reference_for(graph, samples, job))
         job.say("writing the weights")
-        manifest = _describe(graph, {"model": source}, [r.to_json() for r in reports])
+        manifest = describe(graph, {"model": source}, [r.to_json() for r in reports])
         if isinstance(reference, verification.Reference):
-            manifest.samples = _write_samples(folder, reference.inputs)
-        _copy_assets(assets, folder)
-        graph, digests = _write_graph(graph, folder)
+            manifest.samples = write_samples(folder, reference.inputs)
+        copy_assets(assets, folder)
+        graph, digests = write_graph(graph, folder)
         if graph.state:
             manifest.state_digest = state_digest(graph)
         _build_all(job, folder, manifest, graph, digests, reference)
@@ -175,6 +168,7 @@ def retarget(
     target: str | Sequence[str],
     output: str | Path | None = None,
     *,
+    dims: Mapping[str, int] | None = None,
     kv_cache: str | None = None,
     verify: bool = True,
     fallback: bool = True,
@@ -193,12 +187,14 @@ def retarget(
         job.say("copying the neutral graph and weights")
         manifest = bundle.manifest.model_copy(deep=True)
         manifest.builds = {}
-        unpack(bundle.files, folder, skip=_not_neutral)
-        known = {n: r for n, r in manifest.files.items() if not _not_neutral(n)}
+        unpack(bundle.files, folder, skip=not_neutral)
+        known = {n: r for n, r in manifest.files.items() if not not_neutral(n)}
         graph = load_graph(BundleFiles.open(folder))
         if kv_cache is not None:
             _check_cache(graph, kv_cache, options)
-        reference = job.reference(lambda: _reference_of(bundle, graph))
+        job = dataclasses.replace(job, step=_step_for(bundle, graph, targets, dims))
+        _check_static(job, graph)
+        reference = job.reference(lambda: _reference_of(bundle, graph, job.step))
         _build_all(job, folder, manifest, graph, known, reference)
         return finish(folder)
 
@@ -214,19 +210,26 @@ def verify(bundle: Bundle, target: str | None = None, *, against: Any = None) ->
                 f"it has {', '.join(names) or 'no builds'}",
             )
         names = [found]
-    graph = bundle.graph()
-    if against is None:
-        reference = _reference_of(bundle, graph)
-    else:
+    graph, other = bundle.graph(), None
+    if against is not None:
         other = frontends.load(against).graph
         _require_same_signature(graph, other)
-        reference = verification.reference_for(other)
-    if isinstance(reference, str):
-        raise HalError(
-            f"the bundle cannot be verified: {reference}", "verify with the original model"
-        )
+    references: dict[Step | None, _Reference] = {}
     results = {}
     for name in names:
+        record = bundle.manifest.builds[name]
+        step = Step(**record.step) if record.step else None
+        if step not in references:
+            references[step] = (
+                _reference_of(bundle, graph, step)
+                if other is None
+                else verification.reference_for(other, step=step)
+            )
+        reference = references[step]
+        if isinstance(reference, str):
+            raise HalError(
+                f"the bundle cannot be verified: {reference}", "verify with the original model"
+            )
         try:
             results[name] = _verify_one(bundle, graph, reference, name)
         except CheckFailed as error:
@@ -247,6 +250,7 @@ class _Job:
     fallback: bool
     cache: CacheOptions
     say: Progress
+    step: Step | None = None
 
     def reference(self, compute: Callable[[], _Reference]) -> _Reference | None:
         """What the builds are compared with; None if that was not asked for."""
@@ -269,7 +273,7 @@ def _build_all(
     ``files`` are the records of what is in ``folder`` already, ``graph.onnx`` and weights included.
     """
     digests = {n: r for n, r in files.items() if n == GRAPH or n.startswith("weights-")}
-    lowered = _lowered(graph, job.cache)
+    lowered = _lowered(graph, job.cache, job.step)
     for target in job.targets:
         job.say(f"building for {target.name}")
         record = build_target(folder, lowered, target, fallback=job.fallback, digests=digests)
@@ -280,14 +284,45 @@ def _build_all(
         write_manifest(manifest, folder, manifest.files)
 
 
-def _lowered(graph: Graph, options: CacheOptions) -> Graph:
+def _lowered(graph: Graph, options: CacheOptions, step: Step | None = None) -> Graph:
     """The graph as builds run it: growing state in pools, logits where they are asked for."""
     if not graph.state:
         return graph
+    if step is not None:
+        fixed = StaticStep(step, options.layout or "contiguous", options.bits or 0)
+        return Pipeline("lowering", (fixed,)).run(graph)[0]
     layout = CacheLayout(options.layout or "contiguous", options.bits or 0)
     grows = any(state.growth_axis is not None for state in graph.state)
     passes = (PickPositions(), layout) if grows else (PickPositions(),)
     return Pipeline("lowering", passes).run(graph)[0]
+
+
+def _check_static(job: _Job, graph: Graph) -> None:
+    """Refuse dynamic dims that a target cannot have, before the long work.
+
+    Raises:
+        UnsupportedError: there are some; the text lists them.
+    """
+    for target in job.targets:
+        for part in target.stages or (target,):
+            if job.step is None and load_backend(part.backend).static_shapes(part.descriptor):
+                require_static(graph, part.descriptor)
+
+
+def _step_for(
+    bundle: Bundle, graph: Graph, targets: Sequence[ResolvedTarget], dims: Mapping[str, int] | None
+) -> Step | None:
+    """The step of new builds: of the extents that are given, else as another build has it."""
+    if dims:
+        if not graph.state:
+            raise InputError(
+                "a model without carried state has its dims fixed when it is compiled",
+                "compile it again with --dim",
+            )
+        return step_of(graph, dims)
+    static = [t for t in targets if load_backend(t.backend).static_shapes(t.descriptor)]
+    found = [b.step for b in bundle.manifest.builds.values() if b.step]
+    return Step(**found[0]) if static and found else None
 
 
 def _check_cache(graph: Graph, kv_cache: str, options: CacheOptions) -> None:
@@ -341,7 +376,7 @@ def _verify_one(
     def diverges() -> str:
         found = resolve(target) if isinstance(target, str) else target
 
-        def run(part: Graph, step: verification.Step) -> dict[str, Any]:
+        def run(part: Graph, step: verification.Sample) -> dict[str, Any]:
             return _run_once(part, found, step)
 
         narrowed = figures.get("narrowed", {})
@@ -351,23 +386,27 @@ def _verify_one(
     return figures
 
 
-def _run_once(graph: Graph, target: ResolvedTarget, step: verification.Step) -> dict[str, Any]:
+def _run_once(graph: Graph, target: ResolvedTarget, step: verification.Sample) -> dict[str, Any]:
     """Build a graph for a target in a scratch bundle and run it once (used to bisect)."""
     with tempfile.TemporaryDirectory(prefix="hal-") as name:
         folder = Path(name)
-        part, _ = _write_graph(graph, folder)
-        manifest = _describe(part, {}, [])
+        part, _ = write_graph(graph, folder)
+        manifest = describe(part, {}, [])
         manifest.builds[target.name] = build_target(folder, part, target)
         write_manifest(manifest, folder)
         with Session(Bundle(BundleFiles.open(folder), manifest), target.name) as session:
             return session.executable.run(step)
 
 
-def _reference_of(bundle: Bundle, graph: Graph) -> _Reference:
-    if bundle.manifest.samples is None:
-        return verification.reference_for(graph)
-    steps = bundle.samples()
-    return verification.Reference(tuple(steps), tuple(verification.run_reference(graph, steps)))
+def _reference_for(graph: Graph, samples: dict[str, Any] | None, job: _Job) -> _Reference:
+    return verification.reference_for(graph, samples, step=job.step)
+
+
+def _reference_of(bundle: Bundle, graph: Graph, step: Step | None = None) -> _Reference:
+    samples = bundle.samples()
+    if not samples or (step is not None and not step.takes(graph, samples)):
+        return verification.reference_for(graph, step=step)
+    return verification.Reference(tuple(samples), tuple(verification.run_reference(graph, samples)))
 
 
 def _require_same_signature(graph: Graph, other: Graph) -> None:
@@ -380,54 +419,7 @@ def _require_same_signature(graph: Graph, other: Graph) -> None:
         )
 
 
-# -- pieces of a bundle -----------------------------------------------------------------------
-
-
-def _describe(graph: Graph, source: Mapping[str, Any], passes: list[dict[str, Any]]) -> Manifest:
-    signature = graph.signature()
-    specs = graph.input_specs()
-    tensors = [v.const_value for v in graph.graph.initializers.values() if v.const_value]
-    return Manifest(
-        name=graph.name,
-        task=str(graph.metadata.get("task", "generic")),
-        producer={"hal": hal.__version__},
-        source=dict(source),
-        inputs=[_tensor_record(s) for s in signature.inputs],
-        outputs=[_tensor_record(s) for s in signature.outputs],
-        state=[
-            {**s.to_json(), "dtype": specs[s.input].dtype, "dims": list(specs[s.input].dims or ())}
-            for s in graph.state
-        ],
-        metadata=graph.metadata,
-        weights={"bytes": graph.weight_bytes(), "tensors": len(tensors)},
-        passes=passes,
-    )
-
-
-def _tensor_record(spec: TensorSpec) -> TensorRecord:
-    return TensorRecord(
-        **{**dataclasses.asdict(spec), "dims": None if spec.dims is None else list(spec.dims)}
-    )
-
-
-def _write_graph(graph: Graph, folder: Path) -> tuple[Graph, dict[str, FileRecord]]:
-    """Write weights and ``graph.onnx``; return the graph on the written weights, and digests."""
-    files = write_weights(graph, folder)
-    path = folder / GRAPH
-    model = graph.stamp()
-    path.write_bytes(ir.serde.serialize_model(model).SerializeToString())
-    names = [path, *files]
-    digests = {p.name: digest_path(p) for p in names}
-    return graph, digests
-
-
-def _write_samples(folder: Path, steps: Sequence[Mapping[str, Any]]) -> str | None:
-    arrays = {f"{i}/{name}": array for i, step in enumerate(steps) for name, array in step.items()}
-    plain = all(isinstance(a, np.ndarray) and a.dtype.kind in "fiub" for a in arrays.values())
-    if not arrays or not plain or sum(a.nbytes for a in arrays.values()) > SAMPLE_BYTES:
-        return None
-    save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, folder / SAMPLES)
-    return SAMPLES
+# -- inputs ------------------------------------------------------------------------------------
 
 
 def _user_samples(graph: Graph, inputs: Any, *, strict: bool) -> dict[str, Any] | None:
@@ -457,17 +449,6 @@ def _user_samples(graph: Graph, inputs: Any, *, strict: bool) -> dict[str, Any] 
         if strict:
             raise
         return None  # nested or keyword inputs that the frontend flattened; random ones will do
-
-
-def _copy_assets(assets: Mapping[str, Path], folder: Path) -> None:
-    for name, path in assets.items():
-        goal = folder / TOKENIZER_FOLDER / name
-        goal.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, goal)
-
-
-def _not_neutral(name: str) -> bool:
-    return name.startswith("builds/") or name in (MANIFEST, MANIFEST_DIGEST)
 
 
 def check_options(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -14,6 +15,7 @@ from hal.passes._edit import (
     apply_rules,
     array,
     attribute,
+    dim,
     ints,
     is_scalar,
     producer,
@@ -105,7 +107,7 @@ def _transpose(edit: Editor, node: ir.Node) -> bool:
     order = attribute(node, "perm")
     if order is None:
         return False
-    if list(order) == sorted(order):
+    if list(order) == sorted(order) or _moves_nothing(node, order):
         return _bypass(edit, node, node.inputs[0])
     inner = producer(node.inputs[0], "Transpose")
     first = attribute(inner, "perm") if inner is not None else None
@@ -116,6 +118,15 @@ def _transpose(edit: Editor, node: ir.Node) -> bool:
         return _bypass(edit, node, inner.inputs[0])
     out = node.outputs[0]
     return edit.replace(out, edit.op("Transpose", [inner.inputs[0]], {"perm": composed}, like=out))
+
+
+def _moves_nothing(node: ir.Node, order: Sequence[int]) -> bool:
+    """Whether only axes of extent 1 change places, and the shape stays."""
+    source = node.inputs[0]
+    if source is None or not same_dims(source, node.outputs[0]):
+        return False
+    longer = [axis for axis in order if dim(source, axis) != 1]
+    return longer == sorted(longer)
 
 
 def _reshape_pair(edit: Editor, node: ir.Node) -> bool:
@@ -141,21 +152,33 @@ def _squeeze_unsqueeze(edit: Editor, node: ir.Node) -> bool:
 
 
 def _single_concat(edit: Editor, node: ir.Node) -> bool:
-    """A concatenation of one tensor, or with empty constants."""
+    """A concatenation of one tensor, or with empty ones."""
     if len(node.inputs) == 1:
         return _bypass(edit, node, node.inputs[0])
-    full = [v for v in node.inputs if (found := array(v)) is None or found.size]
+    full = [v for v in node.inputs if not _is_empty(v)]
     if len(full) == len(node.inputs) or not full:
         return False
     if any(rank(v) != rank(full[0]) for v in node.inputs):
         return False
-    for index in reversed(range(len(node.inputs))):
-        found = array(node.inputs[index])
-        if found is not None and not found.size:
-            rest = [v for i, v in enumerate(node.inputs) if i != index]
-            out = node.outputs[0]
-            axis = {"axis": attribute(node, "axis")}
-            return edit.replace(out, edit.op("Concat", rest, axis, like=out))
+    out = node.outputs[0]
+    axis = {"axis": attribute(node, "axis")}
+    return edit.replace(out, edit.op("Concat", full, axis, like=out))
+
+
+def _is_empty(value: ir.Value | None) -> bool:
+    found = array(value)
+    shape = value.shape if value is not None else None
+    return (found is not None and not found.size) or (shape is not None and 0 in list(shape))
+
+
+def _whole_split(edit: Editor, node: ir.Node) -> bool:
+    """A split of which one part is everything; empty parts stay for who reads them."""
+    for value in node.outputs:
+        if value.uses() and same_dims(node.inputs[0], value):
+            source, result = node.inputs[0], value
+            if source is None or result.is_graph_output():
+                return False
+            return edit.replace(result, source)
     return False
 
 
@@ -170,4 +193,5 @@ RULES: tuple[Rule, ...] = (
     Rule("transpose", ("Transpose",), _transpose),
     Rule("squeeze of unsqueeze", ("Squeeze",), _squeeze_unsqueeze),
     Rule("trivial concatenation", ("Concat",), _single_concat),
+    Rule("split of everything", ("Split",), _whole_split),
 )

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from hal.descriptor import Descriptor, Route
 from hal.errors import UnsupportedError
 from hal.ir import Graph
+from hal.ir.step import free_dims, required
 from hal.targets.reading import WeightReads
 
 HAL_API = "1"
@@ -105,6 +106,9 @@ class Executable(abc.ABC):
         64-byte boundary; they are written in place, and come out as the same arrays.
         """
 
+    def forget_state(self) -> None:  # noqa: B027  (most segments keep nothing)
+        """Pools that the next call is given were changed by others: a copy of them is outdated."""
+
     def close(self) -> None:  # noqa: B027  (most segments hold nothing)
         """Release what the segment holds."""
 
@@ -113,16 +117,11 @@ def require_static(graph: Graph, descriptor: Descriptor) -> None:
     """For chips whose programs have static shapes.
 
     Raises:
-        UnsupportedError: an input has a dynamic dim; the hint says how to give it an extent.
+        UnsupportedError: an input has a dynamic dim; the text lists all of them with their
+            meaning, the hint says how to give them extents.
     """
-    for value in graph.graph.inputs:
-        for dim in value.shape or ():
-            if not isinstance(dim, int):
-                raise UnsupportedError(
-                    f"target {descriptor.name!r} takes static shapes only, and input "
-                    f"{value.name!r} has the dynamic dim {str(dim)!r}",
-                    f"give it an extent: --dim {dim}=1",
-                )
+    if free_dims(graph):
+        raise required(graph, descriptor.name)
 
 
 class Backend(abc.ABC):
@@ -141,6 +140,10 @@ class Backend(abc.ABC):
         `hal targets validate` asks. What only another machine can know is not wrong.
         """
         return ""
+
+    def static_shapes(self, descriptor: Descriptor) -> bool:
+        """Whether programs have static shapes only, so that dynamic dims need extents."""
+        return not descriptor.behaviour.dynamic_shapes
 
     def cannot_run(self, descriptor: Descriptor) -> str:
         """Why what is built for a target does not run here, in a phrase; empty if it does.

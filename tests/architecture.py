@@ -63,12 +63,11 @@ MAY_IMPORT = {
 EXCEPTIONS = {
     ("hal.bundle.bundle", "hal.compiler"): "Bundle.retarget and .verify hand over to the compiler",
     ("hal.bundle.build", "hal"): "records hal.__version__",
-    ("hal.compiler", "hal"): "records hal.__version__",
+    ("hal.bundle.pieces", "hal"): "records hal.__version__",
     ("hal.frontends.dynamo", "hal.compiler"): "checks options as hal.compile does",
-    (
-        "hal.targets.provider.backend",
-        "hal.passes.fold",
-    ): "what legalizing has made constant is folded",
+    ("hal.targets.simplify", "hal.passes.fold"): "what legalizing has made constant is folded",
+    ("hal.targets.simplify", "hal.passes.cse"): "bodies compute the same again",
+    ("hal.targets.simplify", "hal.passes.identity"): "bodies do nothing in special cases",
     ("hal.frontends.dynamo", "hal"): "an entry point: torch.compile calls hal.compile through it",
 }
 """Imports against the direction, each with its reason."""

@@ -25,6 +25,7 @@ from hal.errors import BuildError, TargetError, UnsupportedError
 from hal.ir import Graph
 from hal.ir.cache_plan import FIXED_KEY, PLAN_KEY
 from hal.ir.picks import PICK
+from hal.ir.step import STEP_KEY
 from hal.runtime.cache import cache_folder, entry_writer
 from hal.targets import (
     ResolvedTarget,
@@ -168,8 +169,9 @@ def _joined(
         segments=[segment for r in records for segment in r.segments],
         placement=placement,
         toolchain={key: value for r in records for key, value in r.toolchain.items()},
-        cache=None if cache is None else {**cache, "fixed": fixed},
+        cache=None if cache is None else {**cache, "fixed": fixed or cache["fixed"]},
         picks=_picks(graph),
+        step=graph.metadata.get(STEP_KEY),
     )
 
 
@@ -243,8 +245,9 @@ def _build(
         segments=segments,
         placement=plan.placement(),
         toolchain=toolchain,
-        cache=None if cache is None else {**cache, "fixed": fixed},
+        cache=None if cache is None else {**cache, "fixed": fixed or cache["fixed"]},
         picks=_picks(graph),
+        step=graph.metadata.get(STEP_KEY),
     )
 
 
@@ -276,6 +279,7 @@ def _key(
         "fallback": fallback,
         "cache": graph.metadata.get(PLAN_KEY),
         "picks": _picks(graph),
+        "step": graph.metadata.get(STEP_KEY),
         "inputs": {name: record.sha256 for name, record in sorted(digests.items())},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +82,7 @@ class Bundle:
             InputError: the build cannot use that layout.
             TargetError: there is no such build, or it cannot run here.
         """
-        from hal.runtime.session import open_session
+        from hal.runtime.opening import open_session
 
         return open_session(self, target, threads=threads, kv_layout=kv_layout)
 
@@ -91,14 +91,17 @@ class Bundle:
         target: str | Sequence[str],
         output: str | Path | None = None,
         *,
+        dims: Mapping[str, int] | None = None,
         kv_cache: str | None = None,
         verify: bool = True,
         fallback: bool = True,
     ) -> Bundle:
         """A new bundle with a build for ``target``, from the neutral graph alone (no torch needed).
 
-        ``kv_cache`` chooses how its cache is carried (``contiguous``, ``paged``, ``int8``,
-        ``int4``); default: as the bundle's first build does.
+        ``dims`` gives a model with carried state the extents of its steps, for chips with static
+        shapes; default: those of a build that has some. ``kv_cache`` chooses how its cache is
+        carried (``contiguous``, ``paged``, ``int8``, ``int4``); default: as the bundle's first
+        build does.
 
         Raises:
             TargetError, UnsupportedError, CheckFailed: as :func:`hal.compile`.
@@ -106,7 +109,9 @@ class Bundle:
         """
         from hal.compiler import retarget
 
-        return retarget(self, target, output, kv_cache=kv_cache, verify=verify, fallback=fallback)
+        return retarget(
+            self, target, output, dims=dims, kv_cache=kv_cache, verify=verify, fallback=fallback
+        )
 
     def verify(self, target: str | None = None, *, against: Any = None) -> dict[str, Any]:
         """Run builds against the reference and return the error figures by target.

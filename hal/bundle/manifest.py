@@ -47,7 +47,8 @@ class TensorRecord(pydantic.BaseModel):
 class BuildRecord(pydantic.BaseModel):
     """One target's build: its folder, segments, where each node went, and how it was verified.
 
-    ``picks``: it has an input that says which positions' logits it computes.
+    ``picks``: it has an input that says which positions' logits it computes. ``step``: extents of
+    a build with carried state and static shapes (:class:`hal.ir.step.Step`).
     """
 
     model_config = pydantic.ConfigDict(extra="forbid")
@@ -61,6 +62,7 @@ class BuildRecord(pydantic.BaseModel):
     toolchain: dict[str, str]
     cache: dict[str, Any] | None = None
     picks: bool = False
+    step: dict[str, int] | None = None
     verification: dict[str, Any] | None = None
 
 

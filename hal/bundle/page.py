@@ -12,8 +12,8 @@ from hal.bundle.output import readable_os_errors
 from hal.descriptor import parse
 from hal.errors import InputError, TargetError, UnsupportedError
 from hal.runtime.cache import scratch_folder
+from hal.runtime.opening import find_build
 from hal.runtime.samples import integer_range
-from hal.runtime.session import find_build
 from hal.targets import blaming, load_backend
 from hal.targets.backend import LoadContext
 

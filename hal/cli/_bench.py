@@ -169,7 +169,7 @@ def _targets(bundle: Bundle, asked: Sequence[str] | None, other: Bundle | None) 
     Raises:
         TargetError: there is none, or one that was asked for is missing.
     """
-    from hal.runtime.session import find_build
+    from hal.runtime.opening import find_build
 
     bundles = [bundle] if other is None else [bundle, other]
     names = list(asked or bundle.targets)

@@ -47,6 +47,15 @@ KvCache = Annotated[
         "and how (contiguous, paged, int8, int4); combine with commas.",
     ),
 ]
+Dims = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dim",
+        metavar="NAME=N",
+        help="Fix a dynamic dim, for static chips; repeatable. A language model has three: rows, "
+        "tokens in a step, positions in its cache.",
+    ),
+]
 NoFallback = Annotated[
     bool,
     typer.Option("--no-fallback", help="Fail, with the list, if the target refuses any node."),
@@ -84,12 +93,7 @@ def compile_command(
         list[str] | None,
         typer.Option("--dynamic", metavar="NAME:AXIS=SYM", help="A free axis; repeatable."),
     ] = None,
-    dim: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--dim", metavar="NAME=N", help="Fix a dynamic dim, for static chips; repeatable."
-        ),
-    ] = None,
+    dim: Dims = None,
     quantize: Annotated[
         str | None,
         typer.Option(
@@ -178,6 +182,7 @@ def retarget_command(
         typer.Option("--target", "-t", metavar="NAME[:ROUTE]", help="The new target; repeatable."),
     ],
     output: Output,
+    dim: Dims = None,
     kv_cache: KvCache = None,
     no_verify: NoVerify = False,
     no_fallback: NoFallback = False,
@@ -195,6 +200,7 @@ def retarget_command(
             result = source.retarget(
                 target,
                 output,
+                dims=parse_dims(dim or []),
                 kv_cache=kv_cache,
                 verify=not no_verify,
                 fallback=not no_fallback,

@@ -77,7 +77,7 @@ def inspect_command(
 def _draw(path: Path, target: str | None, output: Path) -> None:
     """Write the page of a build of the bundle."""
     from hal.bundle.drawing import page
-    from hal.runtime.session import find_build
+    from hal.runtime.opening import find_build
 
     if not is_bundle(path):
         raise InputError(f"{path} is no bundle, so nothing is placed", "compile it first")

@@ -85,7 +85,7 @@ def _load(request: dict[str, Any]) -> tuple[Loaded, dict[str, Any]]:
 
 def _bring_in_libraries(bundle: Bundle, target: str) -> None:
     """Import what runs a build: that is no part of its load time, nor of its memory."""
-    from hal.runtime.session import find_build
+    from hal.runtime.opening import find_build
     from hal.targets import load_backend, resolve
 
     name = find_build(target, bundle.targets)

@@ -16,6 +16,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
+STEP = {"batch": 1, "sequence": 1, "past": 64}
+"""A language model on chips with static shapes: a token at a time, and a small cache."""
+
 _OPSET = 21
 _IR_VERSION = 10
 
@@ -24,8 +27,9 @@ _IR_VERSION = 10
 class ModelCase:
     """A model as :func:`hal.compile` takes it.
 
-    ``write`` puts it into a folder and says where; ``options`` are further arguments. ``op`` is
-    what the case is about, and ``about`` says more for readers.
+    ``write`` puts it into a folder and says where; ``options`` are further arguments, ``dims``
+    extents for targets with static shapes. ``op`` is what the case is about, and ``about`` says
+    more for readers.
     """
 
     name: str
@@ -33,6 +37,7 @@ class ModelCase:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     op: str = "model"
     about: str = ""
+    dims: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def model_cases() -> list[ModelCase]:
@@ -44,7 +49,7 @@ def model_cases() -> list[ModelCase]:
         ModelCase("cnn", _cnn),
         ModelCase("cnn-int8", _cnn, {"quantize": "w8a8", "calibration": images}),
         ModelCase("encoder", _encoder),
-        ModelCase("language-model", _language_model),
+        ModelCase("language-model", _language_model, dims=STEP),
     ]
 
 

@@ -90,7 +90,9 @@ def _run_model(case: ModelCase, target: str, fallback: bool) -> Outcome:
     try:
         with tempfile.TemporaryDirectory(prefix="model-") as folder:
             source = case.write(Path(folder))
-            bundle = hal.compile(source, target=target, fallback=fallback, **case.options)
+            dims = case.dims if case.dims and _is_static(target) else None
+            options = {"dims": dims, **case.options}
+            bundle = hal.compile(source, target=target, fallback=fallback, **options)
             record = next(iter(bundle.manifest.builds.values()))
         share = _share(record)
         figures = record.verification or {}
@@ -112,6 +114,17 @@ def _run_model(case: ModelCase, target: str, fallback: bool) -> Outcome:
     errors = [o["max_error"] for o in outputs.values() if o["max_error"] is not None]
     error = max(errors, default=None)
     return Outcome(case.name, case.op, status, reason, "", seconds, error, share, case.about)
+
+
+def _is_static(name: str) -> bool:
+    """Whether a target's programs have static shapes."""
+    from hal.targets import load_backend, resolve
+
+    target = resolve(name)
+    return any(
+        load_backend(part.backend).static_shapes(part.descriptor)
+        for part in target.stages or (target,)
+    )
 
 
 def _share(record: Any) -> float:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hal.ir import dense_cache
 from hal.ir.graph import OPSET
 
 CACHE_WRITE = "CacheWrite"
 CACHED_ATTENTION = "CachedAttention"
 
-WRITE_DEFAULTS: dict[str, str] = {}
+WRITE_DEFAULTS = {"dense": "0"}
 ATTENTION_DEFAULTS = {
     "scale": "1.0",
     "softcap": "0.0",
@@ -23,13 +24,15 @@ ATTENTION_DEFAULTS = {
     "value_size": "0",
     "bits": "0",
     "recent": "0",
+    "dense": "0",
 }
 
 WRITE_DOC = (
     "Store update[b,:,s,:] at position lengths[b] + s of row b. Inputs: pool [P,H,L,C], update"
     " [B,H,S,C] of the pool's dtype, block_table int32 [B,N], lengths int64 [B] (positions that the"
     " row holds already). Output: the pool with the new positions; a target may write in place. The"
-    " table must have room for all S positions of every row."
+    " table must have room for all S positions of every row. dense = 1: the pool is float32,"
+    " and row b has page b and no other, whatever the table says."
 )
 
 ATTENTION_DOC = (
@@ -42,12 +45,13 @@ ATTENTION_DOC = (
     " bits = 8: pools are int8; bits = 4: uint8, channel c in the low and channel c + C/2 in the"
     " high nibble of byte c, less 8. recent = n > 0: the newest n positions that a query sees are"
     " read from the float32 pools recent_keys and recent_values by recent_table, where row b holds"
-    " recent_lengths[b] positions before the new ones. softcap as in ONNX Attention."
+    " recent_lengths[b] positions before the new ones. softcap as in ONNX Attention. dense as in"
+    " CacheWrite; not with bits."
 )
 
 _WRITE = """
 <domain: "hal", opset_import: ["" : {opset}]>
-CacheWrite (pool, update, block_table, lengths) => (written)
+CacheWrite <dense> (pool, update, block_table, lengths) => (written)
 {{
     axis0 = Constant <value_ints = [0]> ()
     axis1 = Constant <value_ints = [1]> ()
@@ -84,7 +88,7 @@ CacheWrite (pool, update, block_table, lengths) => (written)
 
 _ATTENTION = """
 <domain: "hal", opset_import: ["" : {opset}]>
-CachedAttention <scale, softcap, window, value_size, bits, recent>
+CachedAttention <scale, softcap, window, value_size, bits, recent, dense>
     (q, key_pool, value_pool, block_table, lengths, key_scale, value_scale,
      recent_keys, recent_values, recent_table, recent_lengths) => (y)
 {{
@@ -194,11 +198,15 @@ _WINDOW = """
 
 def write_body(attributes: Mapping[str, str]) -> str:
     """The body of ``CacheWrite`` as text."""
+    if int(attributes["dense"]):
+        return dense_cache.write_body(attributes)
     return _WRITE.format(opset=OPSET)
 
 
 def attention_body(attributes: Mapping[str, str]) -> str:
     """The body of ``CachedAttention`` for given attribute values, as text."""
+    if int(attributes["dense"]):
+        return dense_cache.attention_body(attributes)
     bits, size, window, recent = (attributes[k] for k in ("bits", "value_size", "window", "recent"))
     late = ""
     if int(recent):

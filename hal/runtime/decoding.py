@@ -266,6 +266,8 @@ def takes_lengths(session: Session) -> bool:
     plan = session.plan
     if plan is None or not plan.ragged:
         return False
+    if session.step_extents is not None and session.step_extents.batch == 1:
+        return False
     return {state.name for state in session.states} <= {pool.state for pool in plan.pools}
 
 

@@ -52,6 +52,11 @@ class SegmentedExecutable(Executable):
                 _take_over(inputs[source], values[output])
         return {name: values[name] for name in self._outputs}
 
+    def forget_state(self) -> None:
+        """Tell every segment."""
+        for part, _, _ in self._parts:
+            part.forget_state()
+
     def close(self) -> None:
         """Close every segment."""
         self._closed = True

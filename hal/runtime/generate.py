@@ -314,11 +314,13 @@ def teacher_forced_logits(
     metadata = session.bundle.manifest.metadata
     listed = _checked_ids(ids, metadata)
     positions = metadata.get("max_positions")
-    if positions and len(listed) > positions:
-        raise InputError(
-            f"{len(listed)} tokens are given, the model has {positions} positions",
-            "score the text in windows",
-        )
+    rooms = {"the model": positions, "this build": session.capacity}
+    for who, room in rooms.items():
+        if room and len(listed) > room:
+            raise InputError(
+                f"{len(listed)} tokens are given, {who} has {room} positions",
+                "score the text in windows",
+            )
     session.reset()
     parts = [run_ids(session, listed[at : at + chunk]) for at in range(0, len(listed), chunk)]
     return np.concatenate(parts).astype(np.float32, copy=False)
@@ -364,7 +366,7 @@ def continuation(
     if tokenizer is not None and is_text(prompt):
         prompt = _encoded(session, prompt, tokenizer)
     ids = _checked_ids(prompt, metadata)
-    rules = options.rules(metadata, len(ids))
+    rules = options.rules(metadata, len(ids), session.capacity)
     constraint = None
     text = checked_grammar(options.response_format, options.grammar)
     if text is not None and tokenizer is not None:

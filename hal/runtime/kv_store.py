@@ -9,6 +9,9 @@ memory, hands it to each step (which writes new positions in place), and keeps t
 
 A group with a window forgets positions that no query can see again: whole pages, or, contiguous,
 by moving the last window to the front whenever the page is full (once in at least a window).
+
+A build of static shapes has a :class:`~hal.ir.step.Step`: as many pages as rows, of the capacity's
+extent from the start.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import numpy as np
 
 from hal.errors import InputError
 from hal.ir.cache_plan import PAST, CacheGroup, CachePlan, CachePool
+from hal.ir.step import Step
 from hal.runtime import kv_codec
 from hal.runtime.arrays import aligned
 
@@ -106,16 +110,24 @@ class CacheStore:
     Args:
         plan: what the build carries.
         page: positions in a page (paged layout).
+        step: the extents of a build of static shapes.
+
+    Attributes:
+        changed: whether memory was changed by other means than a step since this was last reset.
     """
 
-    def __init__(self, plan: CachePlan, *, page: int = PAGE) -> None:
-        self.plan, self.page = plan, page
+    def __init__(self, plan: CachePlan, *, page: int = PAGE, step: Step | None = None) -> None:
+        self.plan, self.page, self.step = plan, page, step
+        self.changed = False
         self.paged = plan.layout == "paged"
         size = page if self.paged else 0
         self._groups = {
             g.name: _Pages(g, [p for p in plan.pools if p.group == g.name], size)
             for g in plan.groups
         }
+        if step is not None:
+            for pages in self._groups.values():
+                pages.resize(step.batch, step.page(pages.group.window))
         self._pools = {p.state: p for p in plan.pools if not p.copy}
         self._copies = {p.state: p for p in plan.pools if p.copy}
         self._rows: dict[int, _Row] = {}
@@ -129,7 +141,17 @@ class CacheStore:
         return list(self._rows)
 
     def add(self) -> int:
-        """A new, empty row; returns its number."""
+        """A new, empty row; returns its number.
+
+        Raises:
+            InputError: the build has room for no more.
+        """
+        if self.step is not None and len(self._rows) == self.step.batch:
+            raise InputError(
+                f"the build carries {self.step.batch} "
+                f"{'sequence' if self.step.batch == 1 else 'sequences'} and no more",
+                "compile with a larger batch, or forget a sequence first",
+            )
         row, self._next = self._next, self._next + 1
         self._rows[row] = _Row(0, {name: _Held() for name in self._groups})
         if not self.paged:
@@ -143,6 +165,7 @@ class CacheStore:
         """Forget a row and give its pages back; contiguous rows after it move up."""
         at = self.rows.index(row)
         gone = self._rows.pop(row)
+        self.changed |= at < len(self._rows)
         for name, pages in self._groups.items():
             if self.paged:
                 for index in gone.held[name].pages:
@@ -154,12 +177,14 @@ class CacheStore:
                 for array in pages.arrays.values():
                     array[index - 1] = array[index]
                 held.pages = [index - 1]
-            pages.resize(len(self._rows), pages.page)
+            if self.step is None:
+                pages.resize(len(self._rows), pages.page)
 
     def fork(self, row: int) -> int:
         """A new row that begins as ``row``: pages are shared until one of them is written."""
         source = self._rows[row]
         copy = self.add()
+        self.changed = True
         mine = self._rows[copy]
         mine.tokens = source.tokens
         for name, pages in self._groups.items():
@@ -176,7 +201,7 @@ class CacheStore:
 
     def duplicate(self) -> CacheStore:
         """A store of its own that holds the same."""
-        other = CacheStore(self.plan, page=self.page)
+        other = CacheStore(self.plan, page=self.page, step=self.step)
         other._rows, other._next = copy.deepcopy(self._rows), self._next
         for name, pages in self._groups.items():
             mine = other._groups[name]
@@ -324,6 +349,7 @@ class CacheStore:
             return
         if length + new > pages.page and window and length > window - 1:
             shift = length - (window - 1)
+            self.changed = True
             for array in pages.arrays.values():
                 part = array[held.pages[0]]
                 part[:, : window - 1] = part[:, shift:length].copy()
@@ -381,6 +407,7 @@ class CacheStore:
 
     def _fill(self, pages: _Pages, held: _Held, pool: CachePool, array: np.ndarray) -> None:
         codes, scales = kv_codec.encode(array, pool.bits, pool.block)
+        self.changed = True
         for name, data in ((pool.input, codes), (pool.scale_input, scales)):
             if data is None:
                 continue

@@ -82,20 +82,28 @@ class GenerationOptions:
         """Whether what a prompt is continued with is given as text."""
         return is_text(prompt) if self.as_text is None else self.as_text
 
-    def rules(self, metadata: Mapping[str, Any], prompt_tokens: int) -> Rules:
+    def rules(
+        self, metadata: Mapping[str, Any], prompt_tokens: int, capacity: int = 0
+    ) -> Rules:  # fmt: skip
         """What a continuation of ``prompt_tokens`` goes by, on a model with these facts.
 
+        ``capacity``: positions that the build has room for, 0: no limit.
+
         Raises:
-            InputError: the prompt leaves no room for a token within the model's positions, or a
-                stop token is not in the vocabulary.
+            InputError: the prompt leaves no room for a token within the model's positions or the
+                build's, or a stop token is not in the vocabulary.
         """
-        limit, positions = self.max_new_tokens, metadata.get("max_positions")
-        if positions:
+        limit = self.max_new_tokens
+        rooms = {"the model": metadata.get("max_positions"), "this build": capacity}
+        for who, positions in rooms.items():
+            if not positions:
+                continue
             if prompt_tokens >= positions:
                 raise InputError(
-                    f"the prompt has {prompt_tokens} tokens; the model has {positions} positions, "
+                    f"the prompt has {prompt_tokens} tokens; {who} has {positions} positions, "
                     "and at least one is for the continuation",
-                    f"shorten the prompt to at most {positions - 1} tokens",
+                    f"shorten the prompt to at most {positions - 1} tokens"
+                    + (", or compile with more room (--dim)" if positions == capacity else ""),
                 )
             limit = min(limit, positions - prompt_tokens)
         if self.stop_token_ids is None:

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from hal.descriptor import parse
-from hal.errors import InputError, TargetError, did_you_mean
+from hal.errors import InputError, did_you_mean
 from hal.ir import Dim, State, TensorSpec
 from hal.ir.cache_plan import LAYOUTS, CachePlan
 from hal.ir.picks import LOGITS, PICK
+from hal.ir.step import Step
 from hal.runtime import saved_state
 from hal.runtime.arrays import check_inputs
 from hal.runtime.executable import SegmentedExecutable
-from hal.runtime.here import cannot_run
 from hal.runtime.picks import Logits, check_logits, last_of, picked
 from hal.runtime.saved_state import SavedState
 from hal.runtime.state import CarriedState
+from hal.runtime.stepping import in_steps
 from hal.targets import load_backend
 from hal.targets.backend import LoadContext
 
@@ -62,8 +63,9 @@ class Session:
         specs = {
             s["input"]: TensorSpec(s["input"], s["dtype"], tuple(s["dims"])) for s in manifest.state
         }
+        self.step_extents = Step(**record.step) if record.step else None
         limit = manifest.metadata.get("max_positions")
-        self._state = CarriedState(self.states, specs, plan, limit)
+        self._state = CarriedState(self.states, specs, plan, limit, self.step_extents)
         self._rows: list[int] = []
         self._picks = record.picks
         descriptor = parse(record.descriptor, f"{bundle.path} ({target})")
@@ -83,6 +85,11 @@ class Session:
     def plan(self) -> CachePlan | None:
         """How growing state is carried in pools; None if the build carries it by value."""
         return self._state.store.plan if self._state.store else None
+
+    @property
+    def capacity(self) -> int:
+        """Positions that a row has room for in a build of static shapes; 0: no such limit."""
+        return self.step_extents.capacity if self.step_extents else 0
 
     @property
     def position(self) -> int:
@@ -210,9 +217,24 @@ class Session:
                 "give one length from 0 to the padded length for each row",
             )
         self._state.check_counts(rows, counts, length)
+        if self.step_extents is not None:
+            return in_steps(self, rows, arrays, counts, logits)
+        return self.run_once(rows, arrays, length, counts, logits)
+
+    def run_once(
+        self,
+        rows: Sequence[int],
+        arrays: Mapping[str, Any],
+        length: int,
+        counts: Sequence[int],
+        logits: Logits,
+    ) -> dict[str, Any]:
+        """One call of the build, of arguments that were checked; see :meth:`step`."""
         feeds = {**arrays, **self._state.feeds(rows, length)}
         if self._picks:
             feeds[PICK] = picked(counts, length, logits)
+        if self._state.take_changed():
+            self.executable.forget_state()
         outputs = self.executable.run(feeds)
         self._state.advance(rows, counts, outputs)
         results = {s.name: outputs[s.name] for s in self.outputs}
@@ -444,50 +466,6 @@ def _in_layout(plan: CachePlan | None, layout: str, target: str) -> CachePlan:
             f"build it so: hal retarget BUNDLE --target {target} --kv-cache {layout} -o OUT",
         )
     return dataclasses.replace(plan, layout=layout)
-
-
-def open_session(
-    bundle: Bundle,
-    target: str | None = None,
-    *,
-    threads: int | None = None,
-    kv_layout: str | None = None,
-) -> Session:
-    """Load a build; without ``target``, the best one in the bundle that can run here.
-
-    ``kv_layout`` (``contiguous``, ``paged``) overrides how the build's cache is laid out.
-
-    Raises:
-        InputError: the build cannot use that layout.
-        TargetError: no such build, or none that can run on this machine.
-    """
-    builds = bundle.manifest.builds
-    if target is not None:
-        name = find_build(target, builds)
-        if name is None:
-            raise TargetError(
-                f"the bundle has no build for {target!r} (it has {', '.join(builds) or 'none'})",
-                f"add one: hal retarget {bundle.path} --target {target} -o OUT.hal",
-            )
-        return Session(bundle, name, threads=threads, kv_layout=kv_layout)
-    reasons = []
-    for name, record in builds.items():
-        if why := cannot_run(record):
-            reasons.append(f"{name}: {why}")
-            continue
-        return Session(bundle, name, threads=threads, kv_layout=kv_layout)
-    raise TargetError(
-        "no build in the bundle can run here" + (f" ({'; '.join(reasons)})" if reasons else ""),
-        f"add one for this machine: hal retarget {bundle.path} --target host -o OUT.hal",
-    )
-
-
-def find_build(target: str, builds: Iterable[str]) -> str | None:
-    """The build that ``target`` means: its full name, or the target's first route."""
-    if target in (names := list(builds)):
-        return target
-    chips = {n: "+".join(part.split(":")[0] for part in n.split("+")) for n in names}
-    return next((n for n in names if chips[n] == target), None)
 
 
 def spec_from_record(record: Mapping[str, Any]) -> TensorSpec:

@@ -15,6 +15,7 @@ import numpy as np
 from hal.errors import BundleError, InputError
 from hal.ir import State, TensorSpec
 from hal.ir.cache_plan import CachePlan
+from hal.ir.step import Step
 from hal.runtime.kv_store import CacheStore
 
 
@@ -26,6 +27,7 @@ class CarriedState:
         specs: dtype and dims of each state by input name.
         plan: which of them lie in pools, None for none.
         limit: most positions of a row, None for no limit.
+        step: the extents of a build of static shapes.
     """
 
     def __init__(
@@ -34,8 +36,10 @@ class CarriedState:
         specs: Mapping[str, TensorSpec],
         plan: CachePlan | None,
         limit: int | None,
+        step: Step | None = None,
     ) -> None:
-        self.store = CacheStore(plan) if plan else None
+        self.store = CacheStore(plan, step=step) if plan else None
+        self._capacity = step.capacity if step else 0
         pooled = {p.state for p in plan.pools} if plan else set()
         self.by_value = tuple(s for s in states if s.name not in pooled)
         self._specs = specs
@@ -136,6 +140,11 @@ class CarriedState:
                 f"{longest} positions are asked for, the model has {self._limit}",
                 "shorten the prompt, or reset the session",
             )
+        if self._capacity and longest > self._capacity:
+            raise InputError(
+                f"{longest} positions are asked for, the build has room for {self._capacity}",
+                "shorten the prompt, reset the session, or compile with more room (--dim)",
+            )
         unequal = len({*counts, length}) > 1
         if unequal and (self.by_value or self.store is None or not self.store.plan.ragged):
             raise InputError(
@@ -156,6 +165,13 @@ class CarriedState:
             self._join(rows)
             feeds.update((s.input, self._arrays[s.name]) for s in self.by_value)
         return feeds
+
+    def take_changed(self) -> bool:
+        """Whether pools were changed by other means than a step since this was last asked."""
+        if self.store is None or not self.store.changed:
+            return False
+        self.store.changed = False
+        return True
 
     def advance(
         self, rows: Sequence[int], counts: Sequence[int], outputs: Mapping[str, Any]

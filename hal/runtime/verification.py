@@ -20,7 +20,8 @@ from hal.descriptor import parse
 from hal.errors import CheckFailed, HalError
 from hal.ir import Graph
 from hal.ir.evaluate import Evaluator, evaluate
-from hal.runtime.samples import sample_inputs
+from hal.ir.step import Step, sample_extents, tokens_dim
+from hal.runtime.samples import DEFAULT_EXTENTS, sample_inputs
 from hal.runtime.session import Session
 from hal.runtime.state import empty_state
 
@@ -49,19 +50,24 @@ RANDOM_OPS = {
 }
 """Ops whose results differ from run to run by definition."""
 
-Step = dict[str, Any]
+Sample = dict[str, Any]
+"""Inputs or outputs of a call by name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
     """Inputs of one or more calls in a row, and what the reference gives for each."""
 
-    inputs: tuple[Step, ...]
-    outputs: tuple[Step, ...]
+    inputs: tuple[Sample, ...]
+    outputs: tuple[Sample, ...]
 
 
-def reference_for(graph: Graph, samples: Step | None = None, *, seed: int = 0) -> Reference | str:
+def reference_for(
+    graph: Graph, samples: Sample | None = None, *, seed: int = 0, step: Step | None = None
+) -> Reference | str:
     """Run the reference on sample inputs: one call, or a prefill and two decode steps with state.
+
+    ``step``: extents of the builds that are compared with it, if they are static.
 
     Returns:
         The reference, or a sentence saying why there is none (random ops; inputs that cannot be
@@ -70,23 +76,25 @@ def reference_for(graph: Graph, samples: Step | None = None, *, seed: int = 0) -
     random = sorted({n.op_type for n in graph.nodes()} & RANDOM_OPS)
     if random:
         return f"results are random by definition ({', '.join(random)})"
-    specs = graph.signature().inputs
+    specs, facts = graph.signature().inputs, graph.metadata
+    tokens = DEFAULT_EXTENTS["sequence"]
+    fixed = sample_extents(graph, step, tokens) if step is not None else {}
     try:
-        steps = [samples or sample_inputs(specs, seed=seed, metadata=graph.metadata)]
+        steps = [samples or sample_inputs(specs, seed=seed, metadata=facts, extents=fixed)]
         if graph.state and samples is None:
+            one = {**fixed, tokens_dim(graph): 1}
             steps += [
-                sample_inputs(
-                    specs, seed=seed + i, metadata=graph.metadata, extents={"sequence": 1}
-                )
-                for i in (1, 2)
+                sample_inputs(specs, seed=seed + i, metadata=facts, extents=one) for i in (1, 2)
             ]
+        if step is not None and step.capacity:
+            steps = steps[: step.capacity]
         outputs = run_reference(graph, steps)
     except HalError as error:
         return error.message
     return Reference(tuple(steps), tuple(outputs))
 
 
-def run_reference(graph: Graph, steps: Sequence[Step]) -> list[Step]:
+def run_reference(graph: Graph, steps: Sequence[Sample]) -> list[Sample]:
     """Reference outputs (without state) of calls in a row, the state carried between them."""
     specs = graph.input_specs()
     first = graph.signature().inputs[0].name if graph.state else ""
@@ -296,8 +304,8 @@ def quantized(error: CheckFailed, against: object) -> CheckFailed:
 
 def first_divergence(
     graph: Graph,
-    step: Step,
-    run_on_target: Callable[[Graph, Step], dict[str, Any]],
+    step: Sample,
+    run_on_target: Callable[[Graph, Sample], dict[str, Any]],
     narrowed: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Find by bisection the first value of ``graph`` that a target computes wrongly.
@@ -333,8 +341,8 @@ def first_divergence(
 def _wrong(
     graph: Graph,
     value: ir.Value,
-    inputs: Step,
-    run_on_target: Callable[[Graph, Step], dict[str, Any]],
+    inputs: Sample,
+    run_on_target: Callable[[Graph, Sample], dict[str, Any]],
     narrowed: Mapping[str, str],
 ) -> bool:
     name = value.name or ""

@@ -3,11 +3,13 @@
 The same kernels as on the route through TVM, compiled to an object for the chip, and a small C
 program that calls them in their order. It needs a C library and no runtime, no
 Python and no operating system but files, so it runs where those cannot go: under an emulator of
-another processor, in a WebAssembly engine, on small boards. Shapes are static.
+another processor, in a WebAssembly engine, on small boards. Shapes are static. A cache of keys and
+values stays in the program's memory from call to call.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import subprocess
 import tempfile
@@ -20,10 +22,11 @@ import numpy as np
 import onnx_ir as ir
 
 from hal.descriptor import Descriptor
-from hal.errors import InputError, TargetError, UnsupportedError
+from hal.errors import InputError, TargetError
 from hal.ir import Graph
 from hal.targets.aot.options import AotOptions
 from hal.targets.aot.page import require_arrays, write_page
+from hal.targets.aot.pools import KeptPool, keep_pools
 from hal.targets.backend import BuildContext, Executable, LoadContext, require_static
 from hal.targets.environments import Environment
 from hal.targets.own_environment import InOwnEnvironment, RouteOptions
@@ -41,17 +44,16 @@ class AotBackend(InOwnEnvironment, TvmBackend):
     name: ClassVar[str] = AotOptions.backend
     options: ClassVar[type[RouteOptions]] = AotOptions
 
+    def static_shapes(self, descriptor: Descriptor) -> bool:
+        """They are, on any chip."""
+        return True
+
     def legalize(self, graph: Graph, descriptor: Descriptor) -> Graph:
-        """As TVM does; dynamic dims and carried state are refused here already.
+        """As TVM does; dynamic dims are refused here already.
 
         Raises:
-            UnsupportedError: the graph has one of them, or a page cannot pass its inputs.
+            UnsupportedError: the graph has some, or a page cannot pass its inputs.
         """
-        if graph.state:
-            raise UnsupportedError(
-                f"target {descriptor.name!r} has no runtime that carries a state between calls",
-                "choose a target with a runtime for language models",
-            )
         require_static(graph, descriptor)
         if AotOptions.of(descriptor).in_page:
             signature = [*graph.graph.inputs, *graph.graph.outputs]
@@ -75,9 +77,14 @@ class AotBackend(InOwnEnvironment, TvmBackend):
         place = options.require(context.descriptor)
         target = completed_target(context.descriptor, options.target)
         shaping = shaping_of(context.descriptor)
+        kept: list[KeptPool] = []
+        if not options.in_page:  # a page is called with all that it needs
+            graph, kept = keep_pools(graph)
         lowered = lower(graph, shaping)
         module = planned_module(lowered.module, target, shaping.lanes)
-        planned = plan(module, [_array(v) for v in lowered.weights])
+        pools = {pool.input for pool in kept}
+        places = [at for at, port in enumerate(lowered.inputs) if port.name in pools]
+        planned = plan(module, [_array(v) for v in lowered.weights], places)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             (folder / "program.h").write_text(program_header(planned))
@@ -94,8 +101,10 @@ class AotBackend(InOwnEnvironment, TvmBackend):
                     file.write(np.ascontiguousarray(memory.constant).tobytes())
             file.truncate(planned.weight_bytes)
         return {
-            "inputs": _ports(lowered.inputs, planned.inputs),
+            "inputs": _ports([p for p in lowered.inputs if p.name not in pools], planned.inputs),
             "outputs": _ports(lowered.outputs, planned.outputs),
+            "kept": _ports([lowered.inputs[at] for at in places], planned.kept),
+            "pools": [dataclasses.asdict(pool) for pool in kept],
             "kernels": len({call.kernel for call in planned.calls}),
             "calls": len(planned.calls),
             "arena_bytes": planned.arena_bytes,
@@ -155,6 +164,10 @@ class AotExecutable(Executable):
         self._process, self._seconds, self._scratch = process, seconds, scratch
         self._inputs: Sequence[Sequence[Any]] = record["inputs"]
         self._outputs: Sequence[Sequence[Any]] = record["outputs"]
+        self._kept: Sequence[Sequence[Any]] = record.get("kept", [])
+        self._pools = [KeptPool(**pool) for pool in record.get("pools", [])]
+        # The caller's arrays that the program's own pools are a copy of.
+        self._known: dict[str, Any] = {}
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Send arrays, wait for arrays.
@@ -163,10 +176,15 @@ class AotExecutable(Executable):
             InputError: an input is missing or has another shape than the program was built for.
             TargetError: the program died or hangs.
         """
-        data = b"".join(_sent(inputs, *port) for port in self._inputs)
+        data = [_sent(inputs, *port) for port in self._inputs]
+        if self._kept:
+            known = all(self._known.get(n) is inputs.get(n) for n, _, _ in self._kept)
+            pools = [] if known else [_sent(inputs, *port) for port in self._kept]
+            data = [b"\0" if known else b"\1", *pools, *data]
+        self._known = {}
 
         def talk(stdin: IO[bytes], stdout: IO[bytes]) -> list[np.ndarray] | None:
-            stdin.write(data)
+            stdin.write(b"".join(data))
             stdin.flush()
             found = []
             for _, dtype, shape in self._outputs:
@@ -179,10 +197,19 @@ class AotExecutable(Executable):
             return found
 
         results = self._process.exchange("run", self._seconds, talk)
-        return {
+        found = {
             name: from_storage(array, ir.DataType[dtype])
             for (name, dtype, _), array in zip(self._outputs, results, strict=True)
         }
+        for pool in self._pools:
+            pool.write(inputs[pool.input], found[pool.update], inputs)
+            found[pool.output] = inputs[pool.input]
+        self._known = {name: inputs[name] for name, _, _ in self._kept}
+        return found
+
+    def forget_state(self) -> None:
+        """The program's pools are sent again before the next call."""
+        self._known = {}
 
     def close(self) -> None:
         """End the program."""

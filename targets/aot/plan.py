@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,10 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything that a program needs besides its kernels."""
+    """Everything that a program needs besides its kernels.
+
+    ``kept``: tensors among the inputs that keep what they hold from call to call.
+    """
 
     memory: tuple[Memory, ...]
     calls: tuple[Call, ...]
@@ -62,17 +65,23 @@ class Plan:
     outputs: tuple[Tensor, ...]
     arena_bytes: int
     weight_bytes: int
+    kept: tuple[Tensor, ...] = ()
 
 
-def plan(module: tvm.IRModule, weights: Sequence[np.ndarray]) -> Plan:
+def plan(
+    module: tvm.IRModule, weights: Sequence[np.ndarray], kept: Collection[int] = ()
+) -> Plan:  # fmt: skip
     """Plan the function ``main``; its last parameters are ``weights``.
+
+    ``kept`` are places among its first parameters of tensors that are written in place and keep
+    what they hold; they are :attr:`Plan.kept` then, and no inputs.
 
     ``module`` is behind ``CallTIRRewrite``: results are allocated and passed to kernels.
 
     Raises:
         UnsupportedError: it does something that only a runtime can, or has dynamic shapes.
     """
-    return _Planner(module["main"]).run(weights)
+    return _Planner(module["main"]).run(weights, kept)
 
 
 class _Planner:
@@ -83,7 +92,7 @@ class _Planner:
         self._tuples: dict[relax.Var, relax.Tuple] = {}
         self._calls: list[Call] = []
 
-    def run(self, weights: Sequence[np.ndarray]) -> Plan:
+    def run(self, weights: Sequence[np.ndarray], kept: Collection[int]) -> Plan:
         parameters = list(self._function.params)
         split = len(parameters) - len(weights)
         inputs = tuple(self._new(p) for p in parameters[:split])
@@ -96,12 +105,14 @@ class _Planner:
         outputs = tuple(self._get(field) for field in self._fields(body.body))
         for tensor in inputs:
             self._memory[tensor.root].first = -1
-        for tensor in outputs:
+        for tensor in (*outputs, *(inputs[place] for place in kept)):
             self._memory[tensor.root].last = len(self._calls)
         weight_bytes = _in_a_row([m for m in self._memory if m.constant is not None])
         arena = _shared([m for m in self._memory if m.constant is None])
         memory, calls = tuple(self._memory), tuple(self._calls)
-        return Plan(memory, calls, inputs, outputs, arena, weight_bytes)
+        held = tuple(inputs[place] for place in kept)
+        given = tuple(t for place, t in enumerate(inputs) if place not in kept)
+        return Plan(memory, calls, given, outputs, arena, weight_bytes, held)
 
     def _binding(self, binding: Any) -> None:
         value, var = binding.value, binding.var

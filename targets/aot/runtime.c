@@ -1,5 +1,7 @@
 /* A program of kernels without an operating system's help beyond files: arguments are the weights'
-   file; inputs come on stdin one after the other, outputs go to stdout, until stdin ends.
+   file; inputs come on stdin one after the other, outputs go to stdout, until stdin ends. A program
+   that keeps tensors from call to call (a cache) reads a byte before the inputs: 1 if what the
+   tensors shall hold comes first, 0 if they hold it already; in the beginning they hold zeros.
    A host that shares the program's memory, as a page with a WebAssembly module does, calls the
    functions hal_* instead, and never main: start; fill weights; then, as often as it likes, fill
    inputs, run, read outputs. Inputs share memory with what comes later, so each run needs all.
@@ -99,6 +101,14 @@ static char *aligned(uint64_t bytes) {
 static tensor_t tensors[sizeof places / sizeof *places];
 static char *base[2];
 
+static int read_all(const int *which, int count) {
+  for (int i = 0; i < count; i++) {
+    uint64_t bytes = places[which[i]].bytes;
+    if (fread(tensors[which[i]].data, 1, bytes, stdin) != bytes) return 0;
+  }
+  return 1;
+}
+
 #ifdef __wasm__
 #define CALLED_BY_HOST(name) __attribute__((export_name(#name)))
 #else
@@ -109,6 +119,7 @@ static char *base[2];
 CALLED_BY_HOST(hal_start) void hal_start(void) {
   fill_slots();
   base[ARENA] = aligned(ARENA_BYTES);
+  memset(base[ARENA], 0, ARENA_BYTES);
   base[WEIGHTS] = aligned(WEIGHT_BYTES);
   for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
     const place_t *p = &places[i];
@@ -141,10 +152,10 @@ int main(int count, char **arguments) {
     fclose(file);
   }
   for (;;) {
-    for (int i = 0; i < INPUTS; i++) {
-      uint64_t bytes = places[inputs[i]].bytes;
-      if (fread(hal_input(i), 1, bytes, stdin) != bytes) return 0;
-    }
+    int other = KEPT ? getchar() : 0;
+    if (other == EOF) return 0;
+    if (other && !read_all(kept, KEPT)) return 0;
+    if (!read_all(inputs, INPUTS)) return 0;
     hal_run();
     for (int i = 0; i < OUTPUTS; i++) fwrite(hal_output(i), 1, places[outputs[i]].bytes, stdout);
     fflush(stdout);

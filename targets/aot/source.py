@@ -13,7 +13,12 @@ _CODES = {"int": 0, "uint": 1, "float": 2, "bfloat": 4, "bool": 6}
 def program_header(plan: Plan) -> str:
     """``program.h``: places of tensors, and calls of kernels in their order."""
     numbers: dict[Tensor, int] = {}
-    for tensor in [*plan.inputs, *plan.outputs, *(t for c in plan.calls for t in c.tensors)]:
+    for tensor in [
+        *plan.inputs,
+        *plan.outputs,
+        *plan.kept,
+        *(t for c in plan.calls for t in c.tensors),
+    ]:
         numbers.setdefault(tensor, len(numbers))
     lines = [f"int __tvm_ffi_{k}(void *, any_t *, int32_t, any_t *);" for k in _kernels(plan)]
     for tensor, n in numbers.items():
@@ -35,7 +40,9 @@ def program_header(plan: Plan) -> str:
             f'  {{__tvm_ffi_{call.kernel}, "{call.kernel}", {len(call.tensors)}, call{i}}},'
         )
     lines.append("};")
-    for name, tensors in (("inputs", plan.inputs), ("outputs", plan.outputs)):
+    for name, tensors in (
+        ("inputs", plan.inputs), ("outputs", plan.outputs), ("kept", plan.kept),
+    ):  # fmt: skip
         listed = [numbers[t] for t in tensors] or [0]
         lines.append(f"static const int {name}[] = {_braces(listed)};")
         lines.append(f"#define {name.upper()} {len(tensors)}")

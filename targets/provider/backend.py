@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import ml_dtypes  # noqa: F401 - registers the names of small dtypes with NumPy
@@ -20,8 +21,8 @@ import onnx_ir as ir
 from hal.descriptor import Descriptor
 from hal.errors import TargetError
 from hal.ir import Graph
-from hal.passes.fold import Fold
 from hal.targets import partition
+from hal.targets.angles import coarse_angles
 from hal.targets.backend import (
     BuildContext,
     Executable,
@@ -38,6 +39,7 @@ from hal.targets.own_environment import InOwnEnvironment, RouteOptions
 from hal.targets.provider.models import IR_VERSION, as_bytes, name_nodes, stand_alone
 from hal.targets.provider.options import ProviderOptions
 from hal.targets.provider.worker import Remote, Worker
+from hal.targets.simplify import simplify
 
 _MODEL = "model.onnx"
 _HOST = "host"
@@ -70,10 +72,12 @@ class ProviderBackend(InOwnEnvironment):
         options = ProviderOptions.of(descriptor)
         with _started(descriptor, options) as (worker, table):
             legal = legalize(graph, table)
-            # What can be computed now needs neither a kernel nor a place.
-            Fold().run(legal)
+            # What can be computed now, or was computed already, needs neither a kernel nor a place.
+            simplify(legal)
             name_nodes(legal.model)
-            self._left[legal.graph] = _refusals(legal, worker, options)
+            coarse = coarse_angles(legal.graph, descriptor)
+            known = {str(node.name): reason for node, reason in coarse.items()}
+            self._left[legal.graph] = _refusals(legal, worker, options, known)
         return legal
 
     def supports(self, node: ir.Node, descriptor: Descriptor) -> Verdict:
@@ -130,13 +134,18 @@ class ProviderBackend(InOwnEnvironment):
         return Remote(worker, record, options.seconds)
 
 
-def _refusals(legal: Graph, worker: Worker, options: ProviderOptions) -> dict[str, str]:
-    """Names of the nodes that are not the provider's, with the reasons.
+def _refusals(
+    legal: Graph,
+    worker: Worker,
+    options: ProviderOptions,
+    known: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, str]:
+    """Names of the nodes that are not the provider's, with the reasons; ``known`` are some.
 
     The provider is asked about what is left once the descriptor's own refusals are taken out, and
     again about the segments that its answers leave: alone, it may not take what it took in company.
     """
-    refused = {
+    refused = {**known} | {
         str(node.name): left.reason
         for node in legal.graph
         for left in reversed(options.leaves)

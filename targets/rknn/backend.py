@@ -21,6 +21,7 @@ import onnx_ir as ir
 from hal.descriptor import Descriptor
 from hal.errors import TargetError, UnsupportedError
 from hal.ir import Graph
+from hal.targets.angles import coarse_angles
 from hal.targets.backend import (
     BuildContext,
     Executable,
@@ -56,6 +57,10 @@ class RknnBackend(InOwnEnvironment):
         """A simulator: which environments there are depends on the route."""
         return Probe("simulator", "rknn-toolkit2 runs in an environment of its own", {})
 
+    def static_shapes(self, descriptor: Descriptor) -> bool:
+        """They are."""
+        return True
+
     def legalize(self, graph: Graph, descriptor: Descriptor) -> Graph:
         """What the toolkit can read, and its choice among it.
 
@@ -69,7 +74,8 @@ class RknnBackend(InOwnEnvironment):
         legal = plain(graph, options.opset)
         name_nodes(legal.model)
         with _Asked(descriptor, options) as asked:
-            self._reasons[legal.graph] = survey(legal, asked.build)
+            known = coarse_angles(legal.graph, descriptor)
+            self._reasons[legal.graph] = survey(legal, asked.build, known)
         return legal
 
     def supports(self, node: ir.Node, descriptor: Descriptor) -> Verdict:

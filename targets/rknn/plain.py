@@ -17,6 +17,7 @@ from hal.ir import Graph
 from hal.ir.inline import infer_types
 from hal.targets.onnxruntime.kernels import kernel_table
 from hal.targets.onnxruntime.legalize import legalize
+from hal.targets.simplify import simplify
 
 CODED = ("QuantizeLinear", "DequantizeLinear")
 
@@ -37,6 +38,7 @@ def plain(graph: Graph, opset: int) -> Graph:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(legal.model)
     common.IdentityEliminationPass()(legal.model)
     common.RemoveUnusedNodesPass()(legal.model)
+    simplify(legal)
     for node in legal.graph:
         _spell_out(node, opset)
     infer_types(legal.model)

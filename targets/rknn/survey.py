@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import onnx_ir as ir
 
@@ -38,15 +39,17 @@ class Answer:
 Build = Callable[[Graph], Answer]
 
 
-def survey(graph: Graph, build: Build) -> dict[ir.Node, str]:
-    """Why each node that is not for the chip is not."""
-    reasons = {node: reason for node in graph.graph if (reason := _unfit(node))}
-    known: dict[tuple[ir.Node, ...], Answer] = {}
+def survey(
+    graph: Graph, build: Build, known: Mapping[ir.Node, str] = MappingProxyType({})
+) -> dict[ir.Node, str]:
+    """Why each node that is not for the chip is not; ``known`` are some of them."""
+    reasons = {node: reason for node in graph.graph if (reason := _unfit(node))} | {**known}
+    answers: dict[tuple[ir.Node, ...], Answer] = {}
 
     def asked(segment: Segment) -> Answer:
-        if segment.nodes not in known:
-            known[segment.nodes] = build(numbered(extract(graph, segment, "segment")))
-        return known[segment.nodes]
+        if segment.nodes not in answers:
+            answers[segment.nodes] = build(numbered(extract(graph, segment, "segment")))
+        return answers[segment.nodes]
 
     while True:
         _keep_codes_together(graph, reasons)
@@ -91,8 +94,30 @@ def _refusals(
             found[node] = f"rknn-toolkit2 refuses it: {told.refused}"
         else:
             found |= {n: why for n, why in _left(alone, told).items() if n is node}
-    together = f"rknn-toolkit2 refuses the nodes around it: {answer.refused}"
-    return found or dict.fromkeys(segment.nodes, together)
+    return found or _culprits(graph, segment, asked)
+
+
+def _culprits(
+    graph: Graph, segment: Segment, asked: Callable[[Segment], Answer]
+) -> dict[ir.Node, str]:
+    """The first node with which a segment is refused whose nodes are taken alone.
+
+    Others that look the same (those of further layers) are expected to do the same.
+    """
+    good, bad, refused = 0, len(segment.nodes), asked(segment).refused
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        told = asked(_part(graph, segment.nodes[:middle])).refused
+        good, bad, refused = (good, middle, told) if told else (middle, bad, refused)
+    first = segment.nodes[bad - 1]
+    reason = f"rknn-toolkit2 takes it alone, but not behind what comes before it: {refused}"
+    return {n: reason for n in segment.nodes if _looks(n) == _looks(first)}
+
+
+def _looks(node: ir.Node) -> tuple[object, ...]:
+    """What nodes that do the same with different numbers have in common."""
+    shapes = [None if v is None else (str(v.shape), v.is_initializer()) for v in node.inputs]
+    return (node.op_type, node.domain, *shapes)
 
 
 def _left(segment: Segment, answer: Answer) -> dict[ir.Node, str]:
@@ -110,12 +135,22 @@ def _left(segment: Segment, answer: Answer) -> dict[ir.Node, str]:
 def _alone(graph: Graph, node: ir.Node) -> Segment:
     """A node with what decodes its weights."""
     nodes = [n for v in node.inputs if v is not None and (n := _decoder(v)) is not None]
-    nodes = [*dict.fromkeys(nodes), node]
+    return _part(graph, [*dict.fromkeys(nodes), node], ends=[node])
+
+
+def _part(graph: Graph, nodes: Sequence[ir.Node], ends: Sequence[ir.Node] = ()) -> Segment:
+    """Some nodes as a segment; ``ends``: those that others read, by default all that they do."""
+    inside = set(nodes)
     made = {value for n in nodes for value in n.outputs}
     needed = dict.fromkeys(v for n in nodes for v in used_values(n) if v not in made)
     inputs = tuple(v for v in needed if not v.is_initializer())
     final = set(graph.graph.outputs)
-    outputs = tuple(v for v in node.outputs if v.uses() or v in final)
+    outputs = tuple(
+        v
+        for n in ends or nodes
+        for v in n.outputs
+        if v in final or any(ends or use.node not in inside for use in v.uses())
+    )
     return Segment(MINE, tuple(nodes), inputs, outputs)
 
 

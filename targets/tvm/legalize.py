@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-import onnx_ir as ir
-
 from hal.ir import Graph
 from hal.ir.inline import infer_types, inline_functions, may_have_body
+from hal.targets.simplify import turn_weights
 from hal.targets.tvm.fuse_codes import fuse_codes
 from hal.targets.tvm.fuse_convolutions import fuse_convolutions
 from hal.targets.tvm.fuse_quantized import fuse_quantized
@@ -43,33 +39,5 @@ def legalize(graph: Graph, shaping: Shaping) -> Graph:
                 node.metadata_props[_MARK] = "no body"
         graph = Graph(model, graph.state, graph.metadata)
         infer_types(graph.model)
-    _transpose_weights(graph)
+    turn_weights(graph)
     return graph
-
-
-def _transpose_weights(graph: Graph) -> None:
-    """Transposed weights become weights of the build, so that no step transposes them again."""
-    for node in list(graph.graph):
-        source, result = node.inputs[0] if node.inputs else None, node.outputs[0]
-        if node.op_type != "Transpose" or source is None or result.is_graph_output():
-            continue
-        tensor = source.const_value
-        if tensor is None or not source.is_initializer() or source.is_graph_input():
-            continue
-        order = node.attributes["perm"].as_ints() if "perm" in node.attributes else None
-        weight = ir.Value(name=f"{result.name}.weight", const_value=_transposed(tensor, order))
-        weight.shape, weight.type = weight.const_value.shape, ir.TensorType(tensor.dtype)  # type: ignore[union-attr,assignment]
-        graph.graph.register_initializer(weight)
-        result.replace_all_uses_with(weight)
-        graph.graph.remove(node, safe=True)
-
-
-def _transposed(tensor: ir.TensorProtocol, order: Sequence[int] | None) -> ir.LazyTensor:
-    axes = list(order) if order is not None else list(reversed(range(len(tensor.shape))))
-    shape = ir.Shape([tensor.shape.numpy()[a] for a in axes])
-
-    def compute() -> ir.TensorProtocol:
-        array = np.ascontiguousarray(np.transpose(tensor.numpy(), axes))
-        return ir.Tensor(array, dtype=tensor.dtype)
-
-    return ir.LazyTensor(compute, dtype=tensor.dtype, shape=shape)

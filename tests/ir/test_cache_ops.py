@@ -64,6 +64,37 @@ def test_attention_sees_each_row_s_own_past(attributes: dict[str, Any]) -> None:
     np.testing.assert_allclose(attention(p, scale=0.25, **attributes), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "attributes",
+    [{}, {"window": 3}, {"softcap": 2.0}, {"window": 5, "softcap": 1.5}, {"value_size": 12}],
+)
+def test_dense_bodies_do_the_same_where_a_row_has_a_page(attributes: dict[str, Any]) -> None:
+    p = cache.problem(kv_heads=1 if "value_size" in attributes else 2)
+    room = p["keys"].shape[2]
+    rows = len(p["q"])
+    rng = np.random.default_rng(3)
+    p["keys"], p["values"] = (
+        rng.standard_normal((rows, p[n].shape[1], room * 4, p[n].shape[3])).astype(np.float32)
+        for n in ("keys", "values")
+    )
+    p["table"] = np.arange(rows, dtype=np.int32)[:, None]
+    expected = cache.write(p["keys"], p["k"], p["table"], p["lengths"])
+    actual = run(
+        f"g (float[P,H,L,C] keys, float[B,H,S,C] k, {TABLES}) => (float[P,H,L,C] y)"
+        " { y = hal.CacheWrite <dense = 1> (keys, k, table, lengths) }",
+        p,
+    )
+    np.testing.assert_array_equal(actual, expected)
+    fixed = {k: p[k] for k in ("q", "keys", "values", "table", "lengths")}
+    given = {k: v for k, v in attributes.items() if k != "value_size"}
+    if "value_size" in attributes:
+        fixed["values"] = p["keys"][..., :12]
+        p["values"] = p["keys"]
+    right = cache.attend(**fixed, scale=0.25, **given)
+    found = attention(p, scale=0.25, dense=1, **attributes)
+    np.testing.assert_allclose(found, right, atol=1e-5)
+
+
 def test_values_may_be_the_first_channels_of_the_keys() -> None:
     p = cache.problem(kv_heads=1)
     fixed = {k: p[k] for k in ("q", "keys", "table", "lengths")}

@@ -32,6 +32,7 @@ def chain(build, *dims):
         lambda t, x: t("Pow", x, 1.0),
         lambda t, x: t("Concat", x, axis=1),
         lambda t, x: t("Concat", x, np.zeros((2, 0, 6), np.float32), axis=1),
+        lambda t, x: t("Split", x, np.array([6, 0]), axis=2, outputs=2)[0],
         lambda t, x: t("Squeeze", t("Unsqueeze", x, np.array([1])), np.array([1])),
     ],
 )

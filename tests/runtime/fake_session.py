@@ -43,6 +43,9 @@ class FakeSession:
         files: members of the bundle.
     """
 
+    capacity = 0
+    step_extents = None
+
     def __init__(
         self, script: str | None = None, files: Mapping[str, bytes] | None = None, **metadata: Any
     ) -> None:

@@ -32,6 +32,9 @@ class PooledSession:
         metadata: facts of the model in addition to the usual.
     """
 
+    capacity = 0
+    step_extents = None
+
     def __init__(self, layout: str = "paged", **metadata: Any) -> None:
         facts = {"vocab_size": VOCABULARY, "eos_token_ids": [END], **metadata}
         self.bundle: Any = types.SimpleNamespace(

@@ -60,6 +60,25 @@ def test_models_do_on_the_target_what_the_table_says(target: str, case: ModelCas
         assert outcome.share == pytest.approx(recorded["share"], abs=0.01)
 
 
+STEPS = [name for name, models in STATUS.items() if models["language-model"]["status"] == "passed"]
+
+
+@pytest.mark.parametrize("name", [n for n in STEPS if n.endswith(":c") or n.startswith("hex")])
+def test_greedy_tokens_on_static_shapes_are_the_hosts(name: str) -> None:
+    found = resolve(name)
+    try:
+        load_backend(found.backend).setup(found.descriptor, print)
+    except TargetError as error:
+        pytest.skip(f"{name} cannot be set up here: {error.message}")
+    (case,) = (case for case in model_cases() if case.name == "language-model")
+    free = hal.compile(case.write(Path()), target="host:onnxruntime")
+    built = free.retarget(name, dims=case.dims)
+    prompt = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
+    with free.session() as one, built.session() as other:
+        wanted = list(one.generate(prompt, max_new_tokens=16, stop_token_ids=[]))
+        assert list(other.generate(prompt, max_new_tokens=16, stop_token_ids=[])) == wanted
+
+
 BINUTILS = Environment(
     debian=("binutils-aarch64-linux-gnu", "binutils-riscv64-linux-gnu", "libbinutils")
 )

@@ -61,6 +61,15 @@ def test_the_node_that_is_refused_is_found_and_the_rest_asked_again() -> None:
     assert ask.asked[1:] == [["Relu"], ["Abs"], ["Exp"]]
 
 
+def test_a_node_that_is_refused_in_company_only_goes_with_those_that_look_like_it() -> None:
+    ask = toolkit(lambda ops: "Relu" in ops and "Abs" in ops)
+    reasons = survey(graph := chain("Relu", "Exp", "Abs", "Tanh", "Abs", "Neg"), ask)
+    told = "rknn-toolkit2 takes it alone, but not behind what comes before it: no"
+    assert [(n.op_type, reasons.get(n)) for n in graph.graph] == [
+        ("Relu", None), ("Exp", None), ("Abs", told), ("Tanh", None), ("Abs", told), ("Neg", None),
+    ]  # fmt: skip
+
+
 def test_no_layer_stays_on_the_processor_unless_it_only_changes_the_shape() -> None:
     toy = Toy(x=[2, 4])
     flat = toy("Reshape", toy("Relu", toy.x), np.array([8], np.int64))
