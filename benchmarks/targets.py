@@ -59,6 +59,9 @@ CHECKED = (
     "the toolkit has compiled every kernel and lists those that are called, each within the chip's"
     " threads and shared memory of a block"
 )
+MARKS = "<!-- targets -->", "<!-- end of targets -->"
+"""Between them README.md has the table."""
+
 START = """# Targets that run
 
 Written by `benchmarks/targets.py` from real runs. A cell has the largest difference of an output
@@ -126,16 +129,10 @@ def cell(figures: dict[str, Any] | None) -> str:
 
 def page(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
     """The table as Markdown, with the reasons below."""
-    lines = [
-        START,
-        f"hal {facts['hal']}, {facts['date']}, on {facts['machine']} {facts['system']}.", "",
-        "| target | runs on | " + " | ".join(MODELS.values()) + " |",
-        "|" + "---|" * (len(MODELS) + 2),
-    ]  # fmt: skip
+    measured = f"hal {facts['hal']}, {facts['date']}, on {facts['machine']} {facts['system']}."
+    lines = [START, measured, "", table(rows)]
     reasons: list[str] = []
     for row in rows:
-        cells = [cell(row["models"].get(name)) for name in MODELS]
-        lines.append(f"| `{row['target']}` | {row['how']} | " + " | ".join(cells) + " |")
         built = [f["reason"] for f in row["models"].values() if f["status"] == "built"]
         if built:
             reasons.append(f"- `{row['target']}`: {built[0].partition(': ')[2]}; {CHECKED}.")
@@ -144,7 +141,28 @@ def page(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
         for name, figures in row["models"].items():
             if figures["reason"] and figures["status"] != "built":
                 reasons.append(f"- `{row['target']}`, {MODELS[name]}: {figures['reason']}.")
-    return "\n".join([*lines, "", *reasons]).rstrip() + "\n"
+    return "\n".join([*lines, *reasons]).rstrip() + "\n"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each target, as Markdown."""
+    lines = [
+        "| target | runs on | " + " | ".join(MODELS.values()) + " |",
+        "|" + "---|" * (len(MODELS) + 2),
+    ]
+    for row in rows:
+        cells = [cell(row["models"].get(name)) for name in MODELS]
+        lines.append(f"| `{row['target']}` | {row['how']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(text: str, rows: Sequence[dict[str, Any]]) -> str:
+    """A page whose table stands between two marks, with another table."""
+    before, mark, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not mark or not end:
+        raise SystemExit(f"README.md has no {' and '.join(MARKS)}")
+    return f"{before}{mark}\n{table(rows)}{end}{after}"
 
 
 def merged(rows: Sequence[dict[str, Any]], kept: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -164,6 +182,7 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", help="which [all]")
     parser.add_argument("--model", action="append", choices=MODELS, help="which models [all]")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "targets.md")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument(
         "--json", type=Path, default=ROOT / "benchmarks" / "results" / "targets.json"
     )
@@ -180,7 +199,8 @@ def main() -> int:
         rows = merged(rows, json.loads(options.json.read_text())["rows"])
     options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     options.page.write_text(page(rows, facts))
-    console.print(f"{options.json}\n{options.page}")
+    options.readme.write_text(with_table(options.readme.read_text(), rows))
+    console.print(f"{options.json}\n{options.page}\n{options.readme}")
     return 0
 
 
