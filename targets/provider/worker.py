@@ -44,7 +44,7 @@ class Worker(Supervised):
         def talk(
             stdin: IO[bytes], stdout: IO[bytes]
         ) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-            wire.send(stdin, head, dict(arrays or {}))
+            wire.send(stdin, {**head, "seconds": limit}, dict(arrays or {}))
             return wire.receive(stdout)
 
         told, given = self.exchange(head["do"], limit, talk)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -124,3 +126,27 @@ def test_an_interpreter_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="cannot start") as caught:
         Worker(tmp_path / "python", "chip")
     assert caught.value.hint == "hal targets setup chip"
+
+
+def test_native_code_that_hangs_ends_without_anybody_to_end_it(tmp_path: Path) -> None:
+    script = tmp_path / "serve.py"
+    folder = str(Path(wire.__file__).parent)
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {folder!r})\n"
+        "import ctypes, serving\nserving._GRACE = 0\n"
+        "class Server:\n"
+        "    def quick(self, head, arrays):\n        return {'head': sorted(head)}\n"
+        "    def hang(self, head, arrays):\n"
+        "        ctypes.PyDLL(None).sleep(60)\n"  # with the interpreter's lock, as vendors' code does
+        "serving.serve(Server)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        wire.send(process.stdin, {"do": "quick", "seconds": 1}, {})
+        assert wire.receive(process.stdout) == ({"head": ["do"]}, {})
+        time.sleep(1.5)  # a limit holds for its own request only
+        wire.send(process.stdin, {"do": "hang", "seconds": 1}, {})
+        assert process.wait(30) == -signal.SIGALRM
