@@ -2,7 +2,7 @@
 
 from hal.conformance.cases import Case, light_cases, node_cases
 from hal.conformance.model_ops import BoundDim, ModelOps, model_ops
-from hal.conformance.models import ModelCase, model_cases
+from hal.conformance.models import ModelCase, further_cases, model_cases
 from hal.conformance.report import page, summary
 from hal.conformance.running import (
     FAILURES,
@@ -26,6 +26,7 @@ __all__ = [
     "Outcome",
     "Selection",
     "fresh_cache",
+    "further_cases",
     "light_cases",
     "model_cases",
     "model_ops",

@@ -29,7 +29,7 @@ class ModelCase:
 
     ``write`` puts it into a folder and says where; ``options`` are further arguments, ``dims``
     extents for targets with static shapes. ``op`` is what the case is about, and ``about`` says
-    more for readers.
+    more for readers. ``faults``: the session is given wrong inputs as well, and has to go on.
     """
 
     name: str
@@ -38,6 +38,14 @@ class ModelCase:
     op: str = "model"
     about: str = ""
     dims: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    faults: bool = False
+
+
+FORMATS = ("w8a16", "w8a8", "w4a16", "w4a8", "w3a16", "w2a16", "ternary", "fp8", "mxfp4")
+"""Of weights, and of activations where they are rounded, that a target is tried with."""
+
+CACHES = ("paged", "int8", "paged,int4")
+"""Forms of the language model's cache beside the one that the target prefers."""
 
 
 def model_cases() -> list[ModelCase]:
@@ -51,6 +59,25 @@ def model_cases() -> list[ModelCase]:
         ModelCase("encoder", _encoder),
         ModelCase("language-model", _language_model, dims=STEP),
     ]
+
+
+def further_cases() -> list[ModelCase]:
+    """Quantized formats, forms of a carried state, and what a target does about wrong inputs."""
+    return [
+        *(
+            ModelCase(f"mlp-{form}", _mlp, {"quantize": form}, about="quantized weights")
+            for form in FORMATS
+        ),
+        *(
+            ModelCase(
+                f"language-model-{form.replace(',', '-')}", _language_model, {"kv_cache": form},
+                about="another cache", dims=STEP,
+            )
+            for form in CACHES
+        ),
+        ModelCase("mlp-faults", _mlp, about="wrong inputs are refused, right ones still work",
+                  faults=True),
+    ]  # fmt: skip
 
 
 class _Net:

@@ -103,6 +103,8 @@ def _run_model(case: ModelCase, target: str, fallback: bool) -> Outcome:
             status, reason = UNSUPPORTED, f"takes none of its nodes: {refused[0]['reason']}"
         elif not figures.get("passed"):
             status, reason = ERROR, f"not compared: {figures.get('reason')}"
+        elif case.faults and (wrong := faults(bundle, record.target)):
+            status, reason = ERROR, wrong
     except CheckFailed as failed:
         status, reason = WRONG, failed.message
         outputs = (failed.figures or {}).get("outputs", {})
@@ -114,6 +116,37 @@ def _run_model(case: ModelCase, target: str, fallback: bool) -> Outcome:
     errors = [o["max_error"] for o in outputs.values() if o["max_error"] is not None]
     error = max(errors, default=None)
     return Outcome(case.name, case.op, status, reason, "", seconds, error, share, case.about)
+
+
+def faults(bundle: Any, target: str) -> str:
+    """What a build does wrong about wrong inputs, in a sentence, or nothing.
+
+    Inputs that are missing, unknown, of another dtype or shape have to be refused as such, and
+    right inputs give what they gave before all that.
+    """
+    from hal.errors import InputError
+
+    with bundle.session(target) as session:
+        spec = session.inputs[0]
+        shape = [d if isinstance(d, int) else 2 for d in spec.dims or ()]
+        right = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
+        before = session.run({spec.name: right})
+        for what, inputs in (
+            ("a missing input", {}),
+            ("an unknown input", {spec.name: right, "no such input": right}),
+            ("another dtype", {spec.name: right.astype(np.int64)}),
+            ("another shape", {spec.name: right[..., :-1]}),
+        ):
+            try:
+                session.run(inputs)
+            except InputError:
+                continue
+            except Exception as error:  # noqa: BLE001 - whatever it raises is what it does wrong
+                return f"{what} raises {type(error).__name__}: {error}"
+            return f"{what} is not refused"
+        after = session.run({spec.name: right})
+        same = all(np.array_equal(after[name], before[name]) for name in before)
+        return "" if same else "right inputs give other results after wrong ones"
 
 
 def _is_static(name: str) -> bool:

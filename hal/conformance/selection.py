@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from hal.conformance.cases import Case, node_cases
 from hal.conformance.model_ops import BoundDim, model_ops
-from hal.conformance.models import ModelCase, model_cases
+from hal.conformance.models import ModelCase, further_cases, model_cases
 from hal.errors import InputError, did_you_mean
 
 
@@ -74,7 +74,8 @@ def select(
     if dims and from_model is None:
         raise InputError("--dim binds the dims of a model, and there is none", "add --from-model")
     if models:
-        return Selection("small models", tuple(model_cases()), True, compared=True)
+        cases = (*model_cases(), *further_cases())
+        return Selection("small models", cases, True, compared=True)
     if from_model is None:
         return Selection("ONNX's test-suite", tuple(_about(node_cases(), wanted)), fallback)
     found = model_ops(from_model, target, dims)
