@@ -215,9 +215,12 @@ def verify(bundle: Bundle, target: str | None = None, *, against: Any = None) ->
         other = frontends.load(against).graph
         _require_same_signature(graph, other)
     references: dict[Step | None, _Reference] = {}
-    results = {}
+    results: dict[str, Any] = {}
     for name in names:
         record = bundle.manifest.builds[name]
+        if target is None and (why := cannot_run(record)):
+            results[name] = {"passed": None, "reason": f"{NOT_RUN}: {why}"}
+            continue
         step = Step(**record.step) if record.step else None
         if step not in references:
             references[step] = (
@@ -235,6 +238,11 @@ def verify(bundle: Bundle, target: str | None = None, *, against: Any = None) ->
         except CheckFailed as error:
             quantized = against is not None and "quantization" in graph.metadata
             raise (verification.quantized(error, against) if quantized else error) from None
+    if results and not any(figures["passed"] for figures in results.values()):
+        raise TargetError(
+            f"nothing of the bundle runs here: {next(iter(results.values()))['reason']}",
+            "retarget it: --target host; or run it where its chip is",
+        )
     return results
 
 

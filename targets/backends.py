@@ -158,9 +158,14 @@ def require_usable(target: ResolvedTarget) -> None:
 def foreign(targets: Iterable[ResolvedTarget]) -> list[str]:
     """The backends of these targets that come from other packages, as errors name them."""
     parts = [part for target in targets for part in target.stages or (target,)]
+    return foreign_names(part.backend for part in parts)
+
+
+def foreign_names(backends: Iterable[str]) -> list[str]:
+    """Those of these backends that come from other packages, as errors name them."""
     points = importlib.metadata.entry_points(group=BACKENDS_GROUP)
     others = {point.name for point in points if not _is_own(point)}
-    return [blamed(n) for n in dict.fromkeys(part.backend for part in parts) if n in others]
+    return [blamed(name) for name in dict.fromkeys(backends) if name in others]
 
 
 def blamed(name: str) -> str:

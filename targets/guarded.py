@@ -29,14 +29,17 @@ Report = Callable[[str], None]
 _CAN_COPY = hasattr(os, "fork")
 
 
-def guarded(work: Callable[[Report], T], blamed: str, limit: float | None = None) -> T:
+def guarded(
+    work: Callable[[Report], T], blamed: str, limit: float | None = None, *, theirs: bool = True
+) -> T:
     """What ``work`` returns (or raises), run in a copy of this process.
 
     ``blamed`` is named if the process dies or takes longer than ``limit`` seconds. What it prints
     appears as if it were printed here. On a system that cannot copy processes it runs in this one.
+    ``theirs``: others' code takes part, so what is no error of hal counts as that code's fault.
 
     Raises:
-        TargetError: the process died, or took too long.
+        TargetError: the process died, or took too long, or others' code raised something.
     """
     if not _CAN_COPY:
         return work(lambda _: None)
@@ -65,7 +68,10 @@ def guarded(work: Callable[[Report], T], blamed: str, limit: float | None = None
             elif kind in ("stdout", "stderr"):
                 getattr(sys, kind).write(value)
             elif kind == "raised":
-                raise _restored(value)
+                error = _restored(value)
+                if theirs and isinstance(error, Exception) and not isinstance(error, HalError):
+                    raise _failure(error, blamed, doing) from error
+                raise error
             else:
                 process.join()
                 found: T = value
@@ -77,6 +83,16 @@ def guarded(work: Callable[[Report], T], blamed: str, limit: float | None = None
             process.join(timeout=5)
             process.kill()
         process.join()
+
+
+def _failure(error: Exception, blamed: str, doing: str) -> TargetError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = f"{type(error).__name__}: {' '.join(lines) or 'no message'}"
+    return TargetError(
+        f"{blamed} failed{doing}: {told[:300]}",
+        "what it gave or raised does not keep its contract (docs/vendors.md): report it to its"
+        " maker; --debug shows where",
+    )
 
 
 def _death(process: Any, blamed: str, doing: str) -> TargetError:

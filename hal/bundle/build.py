@@ -24,6 +24,7 @@ from hal.descriptor import Descriptor
 from hal.errors import BuildError, TargetError, UnsupportedError
 from hal.ir import Graph
 from hal.ir.cache_plan import FIXED_KEY, PLAN_KEY
+from hal.ir.inline import infer_types
 from hal.ir.picks import PICK
 from hal.ir.step import STEP_KEY
 from hal.runtime.cache import cache_folder, entry_writer
@@ -36,8 +37,10 @@ from hal.targets import (
     is_foreign,
     load_backend,
     partition,
+    resolve,
 )
 from hal.targets.backend import Backend, BuildContext
+from hal.targets.detect import HOST
 
 FALLBACK_BACKEND = "onnxruntime"
 """Runs what a target's own backend refuses; it is a core dependency, so it is always there."""
@@ -77,6 +80,7 @@ def build_target(
     """
     if target.stages:
         return _build_stages(root, graph, target, fallback)
+    _require_room(graph, target)
     backend = load_backend(target.backend)
     toolchain = _toolchain(target, backend)
     folder = root / build_folder(target.name)
@@ -95,6 +99,28 @@ def build_target(
             shutil.copytree(folder, temporary / "files")
             (temporary / "record.json").write_text(record.model_dump_json())
     return record
+
+
+_PROCESSOR = "cpu"
+"""By it the host runs what a chip refuses, where the chip's own routes say another."""
+
+
+def _require_room(graph: Graph, target: ResolvedTarget) -> None:
+    """Refuse a model whose weights alone are larger than the chip's memory.
+
+    This machine is no such chip: it maps weights from files, and reads what fits no memory again.
+
+    Raises:
+        UnsupportedError: they are; by how much, and what would help.
+    """
+    room, size = target.descriptor.memory_capacity(), graph.weight_bytes()
+    if room is None or size <= room or target.descriptor.name == HOST:
+        return
+    raise UnsupportedError(
+        f"the model does not fit {target.name}: its weights take {size / 2**20:.2f} MiB, the memory"
+        f" holds {room / 2**20:.2f}, {(size - room) / 2**20:.2f} MiB too little",
+        f"quantize it (--quantize), or split it over several: --target {target.name}+host",
+    )
 
 
 def _toolchain(target: ResolvedTarget, backend: Backend) -> dict[str, str]:
@@ -120,6 +146,8 @@ def _build_stages(root: Path, graph: Graph, target: ResolvedTarget, fallback: bo
     folder.mkdir(parents=True)
     names = [stage.name for stage in target.stages]
     rooms = [stage.descriptor.memory_capacity() for stage in target.stages]
+    graph = graph.clone()
+    infer_types(graph.model)  # whatever crosses a cut is an input
     parts = partition.stages(graph, names, rooms)
     records = []
     for index, part in enumerate(parts):
@@ -131,7 +159,8 @@ def _build_stages(root: Path, graph: Graph, target: ResolvedTarget, fallback: bo
         toolchain = _toolchain(stage, backend)
         record = _build(root, place, alone, stage, backend, toolchain, fallback)
         for segment in record.segments:
-            segment |= {"target": stage.name, "descriptor": record.descriptor}
+            segment["target"] = stage.name
+            segment.setdefault("descriptor", record.descriptor)
         records.append(record)
     return _joined(graph, target, parts, records)
 
@@ -191,12 +220,15 @@ def _build(
     with blaming(backend, "asked for its nodes"):
         verdicts = {n: backend.supports(n, target.descriptor) for n in legal.graph}
     other = FALLBACK_BACKEND if fallback and backend.name != FALLBACK_BACKEND else None
+    processor = target.descriptor
+    if other in processor.routes:  # the chip's own use of that runtime, not the host's
+        processor = resolve(_PROCESSOR).descriptor
     plan = partition.plan(
         legal,
         backend.name,
         verdicts,
         other,
-        movable=_runs_on(other, target.descriptor),
+        movable=_runs_on(other, processor),
         move_cost=target.descriptor.move_cost(),
     )
     segments: list[dict[str, Any]] = []
@@ -208,12 +240,13 @@ def _build(
             if len(plan.segments) == 1
             else partition.extract(legal, segment, f"{graph.name}_{index}")
         )
+        chip = target.descriptor if owner is backend else processor
         if owner is not backend:
-            part = owner.legalize(part, target.descriptor)
+            part = owner.legalize(part, chip)
             refused = [
                 (n, verdict.reason)
                 for n in part.graph
-                if not (verdict := owner.supports(n, target.descriptor)).claimed
+                if not (verdict := owner.supports(n, chip)).claimed
             ]
             partition.require_all(refused, f"{backend.name} or {owner.name}")
         fixed |= bool(part.metadata.get(FIXED_KEY))
@@ -221,7 +254,7 @@ def _build(
         place.mkdir()
         try:
             with blaming(owner, "building"):
-                built = owner.build(part, BuildContext(target.descriptor, place, root))
+                built = owner.build(part, BuildContext(chip, place, root))
         except UnsupportedError as error:
             who = f"{blamed(owner.name)} claimed what it cannot build: "
             message = f"{who if is_foreign(owner) else ''}{error.message}"
@@ -233,6 +266,7 @@ def _build(
                 "inputs": [v.name for v in part.graph.inputs],
                 "outputs": [v.name for v in part.graph.outputs],
                 "record": built,
+                **({} if chip is target.descriptor else {"descriptor": chip.to_dict()}),
             }
         )
     cache = graph.metadata.get(PLAN_KEY)
@@ -300,6 +334,8 @@ def _size(folder: Path) -> int:
 
 
 def _hint(backend: Backend) -> str:
+    if is_foreign(backend):
+        return f"ask the maker of {blamed(backend.name)}, or choose another target"
     return (
         f"install what the {backend.name} backend needs: pip install 'hal-compiler[{backend.name}]'"
     )

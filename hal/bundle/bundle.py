@@ -117,7 +117,7 @@ class Bundle:
         """Run builds against the reference and return the error figures by target.
 
         Args:
-            target: one build; default: all of them.
+            target: one build; default: all of them, those that cannot run here with a ``reason``.
             against: a model (anything :func:`hal.compile` takes) to compare with; default: the
                 bundle's own neutral graph.
 

@@ -237,7 +237,7 @@ def _survived(
         work(lambda _: None)
         return
     with without_leftovers(output):
-        guarded(work, " or ".join(others) or "the compilation", limit)
+        guarded(work, " or ".join(others) or "the compilation", limit, theirs=bool(others))
 
 
 def _print_result(bundle: Bundle, seconds: float, explain: bool, as_json: bool) -> None:

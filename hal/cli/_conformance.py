@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hal.cli._options import Json, parse_dims
+from hal.cli._options import Json, check_page, parse_dims
 from hal.cli._output import print_json, print_line, print_table
-from hal.errors import CheckFailed, InputError
+from hal.errors import CheckFailed
 
 if TYPE_CHECKING:
     from hal.conformance import Outcome, Selection
@@ -67,8 +67,8 @@ def conformance_command(
     from hal.conformance import FAILURES, fresh_cache, page, run_suite, select, summary
     from hal.targets import foreign, guarded, require_usable, resolve
 
-    if html is not None and not html.parent.is_dir():
-        raise InputError(f"--html {html}: there is no such folder", "make it first")
+    if html is not None:
+        check_page("--html", html)
     found = resolve(target)
     name = found.name
     # In a process of its own, so that nothing of the target's software is in those of the cases.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hal.cli._options import Json, Target, is_bundle, open_bundle
+from hal.cli._options import Json, Target, check_page, is_bundle, open_bundle
 from hal.cli._output import format_bytes, print_facts, print_json, print_line, print_table
 from hal.cli._report import (
     build_json,
@@ -81,8 +81,7 @@ def _draw(path: Path, target: str | None, output: Path) -> None:
 
     if not is_bundle(path):
         raise InputError(f"{path} is no bundle, so nothing is placed", "compile it first")
-    if not output.parent.is_dir():
-        raise InputError(f"--html {output}: there is no such folder", "make it first")
+    check_page("--html", output)
     bundle = open_bundle(path)
     builds = bundle.manifest.builds
     name = find_build(target, builds) if target else next(iter(builds), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -145,6 +145,10 @@ def parse_dims(texts: Iterable[str]) -> dict[str, int]:
         name, _, extent = text.partition("=")
         if not name or not extent.isdecimal() or int(extent) < 1:
             raise InputError(f"--dim {text!r} is not name=extent", "for example --dim batch=4")
+        if extents.get(name, int(extent)) != int(extent):
+            raise InputError(
+                f"--dim {name} is given twice, {extents[name]} and {extent}", "give one"
+            )
         extents[name] = int(extent)
     return extents
 
@@ -175,6 +179,45 @@ def open_bundle(path: Path) -> Bundle:
     import hal
 
     return hal.load(path)
+
+
+def survived(bundle: Bundle, target: str | None, work: Callable[[], None]) -> None:
+    """Do ``work``; in a process of its own if software of others has a part in the builds.
+
+    ``target`` as the command was given it: then only its build counts.
+
+    Raises:
+        TargetError: that software ended the process, or raised what is no error of hal.
+    """
+    from hal.targets import foreign_names, guarded
+
+    builds = bundle.manifest.builds
+    chosen = [r for name, r in builds.items() if target is None or name.startswith(target)]
+    others = foreign_names(
+        str(name) for r in chosen for name in (r.backend, *(s["backend"] for s in r.segments))
+    )
+    if others:
+        guarded(lambda _: work(), " or ".join(others))
+    else:
+        work()
+
+
+def check_page(option: str, file: Path) -> None:
+    """Refuse a place for a page that is another file, or in no folder.
+
+    Raises:
+        InputError: it is.
+    """
+    if not file.parent.is_dir():
+        raise InputError(f"{option} {file}: there is no such folder", "make it first")
+    if file.is_dir():
+        raise InputError(f"{option} {file} is a folder", "name a file")
+    if file.exists() and file.stat().st_size:
+        with file.open("rb") as opened:
+            if not opened.read(15).lower().startswith(b"<!doctype html"):
+                raise InputError(
+                    f"{option} {file} exists and is no page", "name another file, or remove it"
+                )
 
 
 def is_bundle(path: Path) -> bool:

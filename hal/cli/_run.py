@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hal.cli._generate import Task, run_task
-from hal.cli._options import BundlePath, Dims, Json, Target, Threads, open_bundle, parse_dims
+from hal.cli._options import (
+    BundlePath,
+    Dims,
+    Json,
+    Target,
+    Threads,
+    open_bundle,
+    parse_dims,
+    survived,
+)
 from hal.cli._output import print_json, print_line, print_table
 from hal.errors import InputError
 
@@ -132,19 +141,27 @@ def run_command(
         "prompt_lookup": prompt_lookup,
         "response_format": None if json_schema is None else _response_format(json_schema),
     }
-    with open_bundle(bundle).session(target, threads=threads) as session:
-        if generates:
-            task = Task(prompt, chat, system, load_state, save_state, options, stats, json)
-            run_task(session, task)
-            return
-        arrays = read_arrays(inputs or [])
-        if random_inputs:
-            arrays = {**_random(session, seed, parse_dims(dim or [])), **arrays}
-        outputs = session.run(arrays)
-        name = session.target
-    if output is not None:
-        write_arrays(output, outputs)
-    _print_outputs(name, outputs, output, json)
+    opened = open_bundle(bundle)
+
+    def work() -> None:
+        with opened.session(target, threads=threads) as session:
+            if generates:
+                task = Task(prompt, chat, system, load_state, save_state, options, stats, json)
+                run_task(session, task)
+                return
+            arrays = read_arrays(inputs or [])
+            if random_inputs:
+                arrays = {**_random(session, seed, parse_dims(dim or [])), **arrays}
+            outputs = session.run(arrays)
+            name = session.target
+        if output is not None:
+            write_arrays(output, outputs)
+        _print_outputs(name, outputs, output, json)
+
+    if chat:
+        work()  # it reads what is typed, which a process of its own would not get
+    else:
+        survived(opened, target, work)
 
 
 def _check_combination(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hal.cli._options import BundlePath, Json, Target, open_bundle
+from hal.cli._options import BundlePath, Json, Target, open_bundle, survived
 from hal.cli._output import print_json, print_line, progress
 from hal.cli._report import verification_text
 
@@ -24,11 +24,16 @@ def verify_command(
 ) -> None:
     """Run builds against the reference; exit code 1 if one is out of tolerance."""
     opened = open_bundle(bundle)
-    with progress(quiet=json) as say:
-        say("computing the reference and running the builds")
-        results = opened.verify(target, against=against)
-    if json:
-        print_json({"bundle": str(bundle), "against": against, "builds": results})
-        return
-    for name, figures in results.items():
-        print_line(f"{name}: {verification_text(figures)} ({figures['calls']} call(s))")
+
+    def work() -> None:
+        with progress(quiet=json) as say:
+            say("computing the reference and running the builds")
+            results = opened.verify(target, against=against)
+        if json:
+            print_json({"bundle": str(bundle), "against": against, "builds": results})
+            return
+        for name, figures in results.items():
+            calls = f" ({figures['calls']} call(s))" if "calls" in figures else ""
+            print_line(f"{name}: {verification_text(figures)}{calls}")
+
+    survived(opened, target, work)

@@ -111,3 +111,36 @@ def test_a_language_model_on_two_chips_says_the_same(tmp_path: Path) -> None:
     ]
     assert len(tokens) == 2
     assert tokens[0] == tokens[1]
+
+
+def test_one_chip_says_what_does_not_fit_it(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        hal.compile(
+            saved(tmp_path), target=f"{chip(tmp_path, 'small', 40)}:onnxruntime",
+            output=tmp_path / "m.hal",
+        )  # fmt: skip
+    assert "weights take 0.07 MiB, the memory holds 0.04, 0.03 MiB too little" in str(caught.value)
+    assert "--target small:onnxruntime+host" in caught.value.hint
+    assert not (tmp_path / "m.hal").exists()
+
+
+def test_shapes_that_are_computed_may_cross_a_cut(tmp_path: Path) -> None:
+    toy = Toy(x=["batch", 64])
+    count = toy("Gather", toy("Shape", toy.x), np.array(0))
+    steps = toy("Range", np.array(0), count, np.array(1))
+    stream = toy.x
+    for _ in range(4):
+        stream = toy("Tanh", toy("MatMul", stream, toy.weight(64, 64)))
+    places = toy("Cast", toy("Unsqueeze", steps, np.array([1])), to=ir.DataType.FLOAT)
+    toy.output(toy("Add", stream, places), "y")
+    graph = toy.graph()
+    for node in graph.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.type, value.shape = None, None
+    ir.save(graph.model, tmp_path / "m.onnx")
+    target = f"{chip(tmp_path, 'small', 40)}:onnxruntime+host"
+    bundle = hal.compile(tmp_path / "m.onnx", target=target, output=tmp_path / "m.hal")
+    (record,) = bundle.manifest.builds.values()
+    assert record.verification is not None
+    assert record.verification["passed"]

@@ -45,14 +45,32 @@ def test_what_work_prints_appears_here(capsys: pytest.CaptureFixture[str]) -> No
         ValueError("another library's"),
     ],
 )
-def test_errors_come_back_as_they_are(error: Exception) -> None:
+def test_errors_of_hals_own_work_come_back_as_they_are(error: Exception) -> None:
     def work(report: Report) -> None:
         raise error
 
     with pytest.raises(type(error)) as caught:
-        guarded(work, "it")
+        guarded(work, "it", theirs=False)
     assert str(caught.value) == str(error)
     assert getattr(caught.value, "hint", None) == getattr(error, "hint", None)
+
+
+def test_what_others_code_raises_is_told_as_theirs() -> None:
+    def work(report: Report) -> None:
+        report("running")
+        raise KeyError("Conv\nand more")
+
+    with pytest.raises(TargetError) as caught:
+        guarded(work, "backend 'npu' of npu-kit 1.0")
+    told = caught.value.message
+    assert told.startswith("backend 'npu' of npu-kit 1.0 failed while running: KeyError: 'Conv")
+    assert "and more" in told
+
+    def refused(report: Report) -> None:
+        raise InputError("x is wrong", "make it right")
+
+    with pytest.raises(InputError, match="x is wrong"):
+        guarded(refused, "backend 'npu'")
 
 
 def test_an_error_that_cannot_be_sent_is_told_in_words() -> None:
@@ -63,6 +81,8 @@ def test_an_error_that_cannot_be_sent_is_told_in_words() -> None:
         raise LocalError("of this function only")
 
     with pytest.raises(RuntimeError, match="LocalError: of this function only"):
+        guarded(work, "it", theirs=False)
+    with pytest.raises(TargetError, match="it failed: RuntimeError: LocalError: of this function"):
         guarded(work, "it")
 
 

@@ -1,0 +1,85 @@
+"""What commands do about builds that others' software has a part in, and about others' files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hal
+import hal.compiler
+import hal.targets
+from tests.cli.conftest import Hal
+
+
+@pytest.fixture
+def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All backends count as another package's."""
+    monkeypatch.setattr(hal.targets, "foreign_names", lambda names: ["backend 'npu' of kit 1.0"])
+
+
+def _leave(*_: Any, **__: Any) -> Any:
+    os._exit(0)
+
+
+@pytest.mark.usefixtures("foreign")
+@pytest.mark.parametrize(("command", "method"), [("verify", "verify"), ("run", "session")])
+def test_a_backend_that_ends_the_process_is_an_error(
+    hal_command: Hal, bundle: Path, monkeypatch: pytest.MonkeyPatch, command: str, method: str
+) -> None:
+    monkeypatch.setattr(hal.Bundle, method, _leave)
+    more = ["--random-inputs"] if command == "run" else []
+    result = hal_command(command, bundle, *more)
+    assert result.code == 2
+    assert "backend 'npu' of kit 1.0 ended the process (exit code 0)" in result.err
+
+
+@pytest.mark.usefixtures("foreign")
+def test_what_works_prints_the_same(hal_command: Hal, bundle: Path) -> None:
+    result = hal_command("run", bundle, "--random-inputs", "--json")
+    assert result.code == 0, result.err
+    assert result.json
+    assert "verified" in hal_command("verify", bundle).out
+
+
+def test_builds_that_do_not_run_here_are_told_and_others_verified(
+    hal_command: Hal, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = tmp_path / "both.hal"
+    targets = ["-t", "host:onnxruntime", "-t", "host:tvm"]
+    assert hal_command("compile", model, "-o", both, *targets).code == 0
+    monkeypatch.setattr(
+        hal.compiler, "cannot_run", lambda r: "no driver" if r.backend == "tvm" else ""
+    )
+    result = hal_command("verify", both)
+    assert result.code == 0, result.err
+    assert "host:onnxruntime: verified" in result.out
+    assert "host:tvm: not verified: built, not run: no driver" in result.out
+    monkeypatch.setattr(hal.compiler, "cannot_run", lambda _: "no driver")
+    result = hal_command("verify", both)
+    assert result.code == 2
+    assert "nothing of the bundle runs here: built, not run: no driver" in result.err
+
+
+def test_a_page_does_not_take_the_place_of_another_file(
+    hal_command: Hal, bundle: Path, tmp_path: Path
+) -> None:
+    model, page = tmp_path / "model.onnx", tmp_path / "page.html"
+    model.write_bytes(b"precious")
+    result = hal_command("inspect", bundle, "--html", model)
+    assert (result.code, model.read_bytes()) == (2, b"precious")
+    assert "exists and is no page" in result.err
+    for _ in range(2):  # an earlier page is replaced
+        assert hal_command("inspect", bundle, "--html", page).code == 0
+    result = hal_command("conformance", "host", "--op", "Relu", "--html", model)
+    assert (result.code, model.read_bytes()) == (2, b"precious")
+    assert hal_command("inspect", bundle, "--html", tmp_path).code == 2
+
+
+def test_a_dim_that_is_given_twice_is_refused(hal_command: Hal, bundle: Path) -> None:
+    given = ["--dim", "batch=2", "--dim", "batch=3"]
+    result = hal_command("run", bundle, "--random-inputs", *given)
+    assert result.code == 2
+    assert "--dim batch is given twice, 2 and 3" in result.err
