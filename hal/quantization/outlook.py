@@ -122,7 +122,9 @@ def _ask(
     result = []
     for layer, setting in chosen:
         key = _text(layer), setting.format
-        if layer.kind == "embedding" or not key[0]:
+        # Where channels are convolved by themselves, weights are nothing beside the maps.
+        alone = layer.kind == "conv" and layer.shape[1] == 1
+        if layer.kind == "embedding" or alone or not key[0]:
             result.append(_AS_FLOATS)
             continue
         if key not in known:

@@ -30,7 +30,7 @@ def test_an_output_in_a_folder_that_does_not_exist_is_refused(
 
 
 STEPS = [
-    *(f"compiler.{name}" for name in ("write_weights", "_write_samples")),
+    *(f"compiler.{name}" for name in ("write_graph", "write_samples")),
     *(f"compiler.{name}" for name in ("build_target", "write_manifest")),
     "bundle.output.pack",
 ]

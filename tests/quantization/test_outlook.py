@@ -12,6 +12,7 @@ from hal.passes.quantize.formats import parse_recipe
 from hal.quantization import parse_request, quantize_graph
 from hal.quantization.outlook import outlook, reading_text
 from hal.targets import load_backend, resolve
+from tests.kernels.support import chip
 from tests.passes.quantize.cnn import calibration, network
 from tests.passes.quantize.toy import language_model
 
@@ -45,7 +46,7 @@ def test_a_language_model_reads_what_was_foretold(recipe: str, target: str) -> N
 def test_a_convolutional_network_reads_what_was_foretold(recipe: str, target: str) -> None:
     expected, read, lacking = expected_and_read(network(), recipe, target, calibration())
     assert expected == pytest.approx(read, rel=0.1)
-    if (recipe, target) != ("w8a8", "host:onnxruntime"):
+    if recipe == "w8a16" or (target == "host:tvm" and chip("host").dot is None):
         assert any("(conv) has no kernel of its own, no gain expected" in each for each in lacking)
 
 
