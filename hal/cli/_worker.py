@@ -59,6 +59,12 @@ def main() -> int:
                 answer = _measure(loaded, request)
         except HalError as error:
             answer = {"error": error.message, "hint": error.hint}
+        except Exception as error:  # noqa: BLE001 - of a backend, mostly; the other side tells it
+            lines = [x.strip() for x in str(error).splitlines() if x.strip()]
+            answer = {
+                "error": f"a build failed: {type(error).__name__}: {' '.join(lines)[:300]}",
+                "hint": "run it alone to see why: hal --debug run BUNDLE --target NAME",
+            }
         _send(answers, answer)
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import hal
 import hal.compiler
 import hal.targets
+from hal.cli import _worker
 from tests.cli.conftest import Hal
 
 
@@ -83,3 +86,25 @@ def test_a_dim_that_is_given_twice_is_refused(hal_command: Hal, bundle: Path) ->
     result = hal_command("run", bundle, "--random-inputs", *given)
     assert result.code == 2
     assert "--dim batch is given twice, 2 and 3" in result.err
+
+
+def test_a_build_that_fails_when_it_is_measured_is_told_in_a_line(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [
+        {"do": "load", "bundle": str(bundle), "target": "host:onnxruntime", "threads": 1},
+        {"do": "measure"},
+    ]
+    monkeypatch.setattr(_worker, "_measure", lambda *_: {}["no such\nkey"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{json.dumps(r)}\n" for r in requests)))
+    answers: list[dict[str, Any]] = []
+    monkeypatch.setattr(_worker, "_send", lambda _, answer: answers.append(answer))
+    kept = os.dup(1)
+    try:
+        assert _worker.main() == 0
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+    assert "load_seconds" in answers[0]
+    assert answers[1]["error"] == "a build failed: KeyError: 'no such\\nkey'"
+    assert "--debug run" in answers[1]["hint"]
