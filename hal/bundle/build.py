@@ -22,7 +22,7 @@ import hal
 from hal.bundle.manifest import BuildRecord, FileRecord
 from hal.descriptor import Descriptor
 from hal.errors import BuildError, TargetError, UnsupportedError
-from hal.ir import Graph
+from hal.ir import Graph, used_values
 from hal.ir.cache_plan import FIXED_KEY, PLAN_KEY
 from hal.ir.inline import infer_types
 from hal.ir.picks import PICK
@@ -80,7 +80,6 @@ def build_target(
     """
     if target.stages:
         return _build_stages(root, graph, target, fallback)
-    _require_room(graph, target)
     backend = load_backend(target.backend)
     toolchain = _toolchain(target, backend)
     folder = root / build_folder(target.name)
@@ -105,22 +104,28 @@ _PROCESSOR = "cpu"
 """By it the host runs what a chip refuses, where the chip's own routes say another."""
 
 
-def _require_room(graph: Graph, target: ResolvedTarget) -> None:
-    """Refuse a model whose weights alone are larger than the chip's memory.
+def _require_room(graph: Graph, plan: partition.Plan, name: str, target: ResolvedTarget) -> None:
+    """Refuse a model whose weights on the chip are larger than its memory.
 
-    This machine is no such chip: it maps weights from files, and reads what fits no memory again.
+    What the chip refuses and the host runs does not count. This machine is no such chip: it maps
+    weights from files, and reads what fits no memory again.
 
     Raises:
         UnsupportedError: they are; by how much, and what would help.
     """
-    room, size = target.descriptor.memory_capacity(), graph.weight_bytes()
-    if room is None or size <= room or target.descriptor.name == HOST:
+    room = target.descriptor.memory_capacity()
+    if room is None or target.descriptor.name == HOST:
         return
-    raise UnsupportedError(
-        f"the model does not fit {target.name}: its weights take {size / 2**20:.2f} MiB, the memory"
-        f" holds {room / 2**20:.2f}, {(size - room) / 2**20:.2f} MiB too little",
-        f"quantize it (--quantize), or split it over several: --target {target.name}+host",
-    )
+    own = (node for s in plan.segments if s.backend == name for node in s.nodes)
+    weights = {v for node in own for v in used_values(node) if v.const_value is not None}
+    held = sum(v.const_value.nbytes for v in weights if v.const_value is not None)
+    size = min(graph.weight_bytes(), held)
+    if size > room:
+        raise UnsupportedError(
+            f"the model does not fit {target.name}: its weights take {size / 2**20:.2f} MiB, the"
+            f" memory holds {room / 2**20:.2f}, {(size - room) / 2**20:.2f} MiB too little",
+            f"quantize it (--quantize), or split it over several: --target {target.name}+host",
+        )
 
 
 def _toolchain(target: ResolvedTarget, backend: Backend) -> dict[str, str]:
@@ -231,6 +236,7 @@ def _build(
         movable=_runs_on(other, processor),
         move_cost=target.descriptor.move_cost(),
     )
+    _require_room(graph, plan, backend.name, target)
     segments: list[dict[str, Any]] = []
     fixed = bool(legal.metadata.get(FIXED_KEY))
     for index, segment in enumerate(plan.segments):
