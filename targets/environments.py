@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -75,7 +76,28 @@ class Environment:
                 f"target {target!r} needs {_listed(needed)} in an environment of its own",
                 f"hal targets setup {target}",
             )
+        if why := self.damage():
+            raise TargetError(
+                f"the environment of target {target!r} {why}", f"hal targets setup {target}"
+            )
         return self
+
+    def damage(self, *, files: bool = False) -> str:
+        """What is wrong with the packages that are there, in a phrase, or nothing.
+
+        Versions are looked at, and with ``files`` whether each file of a package is there.
+        """
+        places = [str(p) for p in (self.folder / "venv").glob("lib/python*/site-packages")]
+        for package in (*self.packages, *self.alone):
+            name, _, version = package.partition("==")
+            plain = name.partition("[")[0]
+            for found in importlib.metadata.distributions(name=plain, path=places):
+                if version and found.version != version:
+                    return f"wants {package} and has {found.version}"
+                for file in (found.files or ()) if files else ():
+                    if file.suffix != ".pyc" and not Path(str(found.locate_file(file))).exists():
+                        return f"lacks {file} of {package}"
+        return ""
 
     def make(self, say: Callable[[str], None]) -> Path:
         """Make it if it is not there, told with ``say`` what happens; its folder.
@@ -83,11 +105,14 @@ class Environment:
         Raises:
             TargetError: a package cannot be had; says which command failed and its last words.
         """
-        if self.made:
-            return self.folder
+        if self.made and (self.python.exists() or not (self.packages or self.alone)):
+            if not (why := self.damage(files=True)):
+                return self.folder
+            say(f"it {why}: making it anew")
         # A virtual environment does not survive being renamed: it is made in place, and counts
         # only once the file that says so is there.
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "made.json").unlink(missing_ok=True)
         if self.packages or self.alone:
             say("making a virtual environment")
             _run([sys.executable, "-m", "venv", "--clear", str(self.folder / "venv")])

@@ -103,3 +103,41 @@ def test_what_stands_alone_is_installed_without_what_it_requires(tmp_path: Path)
     assert wanted.made
     command = [str(wanted.python), "-c", "import chip_tools; print(chip_tools.answer)"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "42\n"
+
+
+def _installed(wanted: Environment, version: str) -> Path:
+    """An environment with a package of one file, as pip leaves it; the file."""
+    site = wanted.folder / "venv" / "lib" / "python3" / "site-packages"
+    facts = site / f"chip_sdk-{version}.dist-info"
+    facts.mkdir(parents=True)
+    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: chip-sdk\nVersion: {version}\n")
+    (facts / "RECORD").write_text("chip_sdk/tool,,\nchip_sdk/__pycache__/tool.pyc,,\n")
+    tool = site / "chip_sdk" / "tool"
+    tool.parent.mkdir()
+    tool.touch()
+    wanted.python.parent.mkdir(parents=True)
+    wanted.python.touch()
+    (wanted.folder / "made.json").touch()
+    return tool
+
+
+def test_another_version_than_it_was_made_with_is_told() -> None:
+    wanted = Environment(("chip-sdk[all]==1.5",))
+    _installed(wanted, "1.4")
+    with pytest.raises(TargetError) as caught:
+        wanted.require("chip")
+    assert "'chip' wants chip-sdk[all]==1.5 and has 1.4" in caught.value.message
+    assert caught.value.hint == "hal targets setup chip"
+
+
+def test_setting_up_makes_a_damaged_one_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, ran, said = Environment(("chip-sdk==1.5",)), list[list[str]](), list[str]()
+    tool = _installed(wanted, "1.5")
+    monkeypatch.setattr(environments, "_run", lambda command, folder=None: ran.append(command))
+    wanted.make(said.append)
+    assert (ran, said) == ([], [])
+    tool.unlink()
+    wanted.make(said.append)
+    assert said[0] == "it lacks chip_sdk/tool of chip-sdk==1.5: making it anew"
+    assert [command[2] for command in ran] == ["venv", "pip"]
+    assert wanted.made
