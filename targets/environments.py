@@ -92,7 +92,8 @@ class Environment:
             name, _, version = package.partition("==")
             plain = name.partition("[")[0]
             for found in importlib.metadata.distributions(name=plain, path=places):
-                if version and found.version != version:
+                # As for pip, 1.0 is 1.0+local, too.
+                if version not in ("", found.version, found.version.partition("+")[0]):
                     return f"wants {package} and has {found.version}"
                 for file in (found.files or ()) if files else ():
                     if file.suffix != ".pyc" and not Path(str(found.locate_file(file))).exists():

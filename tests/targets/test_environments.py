@@ -130,6 +130,12 @@ def test_another_version_than_it_was_made_with_is_told() -> None:
     assert caught.value.hint == "hal targets setup chip"
 
 
+def test_a_build_of_the_same_version_is_no_other_version() -> None:
+    wanted = Environment(("chip-sdk==1.5",))
+    _installed(wanted, "1.5+cpu")
+    assert wanted.require("chip") is wanted
+
+
 def test_setting_up_makes_a_damaged_one_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, ran, said = Environment(("chip-sdk==1.5",)), list[list[str]](), list[str]()
     tool = _installed(wanted, "1.5")
