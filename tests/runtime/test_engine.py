@@ -268,7 +268,7 @@ def test_a_cancelled_request_gives_its_row_back(start: Start) -> None:
     session = PooledSession()
     session.gate.clear()
     engine = start(session, max_batch=1)
-    running, waiting, last = (engine.submit(p * 40, options(200)) for p in "abc")
+    running, waiting = (engine.submit(p * 40, options(200)) for p in "ab")
     eventually(lambda: engine.figures().running == 1)
     running.cancel()
     waiting.cancel()
@@ -276,7 +276,11 @@ def test_a_cancelled_request_gives_its_row_back(start: Start) -> None:
     assert list(waiting)[-1].cancelled
     assert list(running)[-1].cancelled
     running.cancel()  # a second time changes nothing
+    session.gate.clear()
+    last = engine.submit("c" * 40, options(200))
+    eventually(lambda: engine.figures().running == 1)
     last.cancel()
+    session.gate.set()
     list(last)
     figures = engine.figures()
     assert (figures.cancelled, figures.pages, figures.kept_pages) == (3, 0, 0)
