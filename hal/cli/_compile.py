@@ -12,6 +12,7 @@ import typer
 from hal.cli._options import (
     BundlePath,
     Json,
+    Limit,
     Output,
     Targets,
     dynamic_of,
@@ -59,17 +60,6 @@ Dims = Annotated[
 NoFallback = Annotated[
     bool,
     typer.Option("--no-fallback", help="Fail, with the list, if the target refuses any node."),
-]
-
-
-Limit = Annotated[
-    float | None,
-    typer.Option(
-        "--limit",
-        min=0.1,
-        metavar="SECONDS",
-        help="Give up after this long; for software of vendors that hangs.",
-    ),
 ]
 
 

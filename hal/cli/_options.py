@@ -57,6 +57,15 @@ Output = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads; default: all usable cores.")
 ]
+Limit = Annotated[
+    float | None,
+    typer.Option(
+        "--limit",
+        min=0.1,
+        metavar="SECONDS",
+        help="Give up after this long; for software of vendors that hangs.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of random inputs.")]
 Dims = Annotated[
     list[str] | None,
@@ -181,13 +190,16 @@ def open_bundle(path: Path) -> Bundle:
     return hal.load(path)
 
 
-def survived(bundle: Bundle, target: str | None, work: Callable[[], None]) -> None:
+def survived(
+    bundle: Bundle, target: str | None, work: Callable[[], None], limit: float | None = None
+) -> None:
     """Do ``work``; in a process of its own if software of others has a part in the builds.
 
     ``target`` as the command was given it: then only its build counts.
 
     Raises:
-        TargetError: that software ended the process, or raised what is no error of hal.
+        TargetError: that software ended the process, or raised what is no error of hal; or the
+            work took longer than ``limit`` seconds.
     """
     from hal.targets import foreign_names, guarded
 
@@ -196,8 +208,8 @@ def survived(bundle: Bundle, target: str | None, work: Callable[[], None]) -> No
     others = foreign_names(
         str(name) for r in chosen for name in (r.backend, *(s["backend"] for s in r.segments))
     )
-    if others:
-        guarded(lambda _: work(), " or ".join(others))
+    if others or limit is not None:
+        guarded(lambda _: work(), " or ".join(others) or "the run", limit, theirs=bool(others))
     else:
         work()
 

@@ -16,6 +16,7 @@ from hal.cli._options import (
     BundlePath,
     Dims,
     Json,
+    Limit,
     Target,
     Threads,
     open_bundle,
@@ -106,6 +107,7 @@ def run_command(
         typer.Option("--output", "-o", metavar="OUT.npz", help="Where the outputs are written."),
     ] = None,
     threads: Threads = None,
+    limit: Limit = None,
     json: Json = False,
 ) -> None:
     """Run a bundle once; print each output's shape and digest, or the generated text."""
@@ -161,7 +163,7 @@ def run_command(
     if chat:
         work()  # it reads what is typed, which a process of its own would not get
     else:
-        survived(opened, target, work)
+        survived(opened, target, work, limit)
 
 
 def _check_combination(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hal.cli._options import BundlePath, Json, Target, open_bundle, survived
+from hal.cli._options import BundlePath, Json, Limit, Target, open_bundle, survived
 from hal.cli._output import print_json, print_line, progress
 from hal.cli._report import verification_text
 
@@ -20,6 +20,7 @@ def verify_command(
         str | None,
         typer.Option("--against", metavar="MODEL", help="Compare with this model's own results."),
     ] = None,
+    limit: Limit = None,
     json: Json = False,
 ) -> None:
     """Run builds against the reference; exit code 1 if one is out of tolerance."""
@@ -36,4 +37,4 @@ def verify_command(
             calls = f" ({figures['calls']} call(s))" if "calls" in figures else ""
             print_line(f"{name}: {verification_text(figures)}{calls}")
 
-    survived(opened, target, work)
+    survived(opened, target, work, limit)

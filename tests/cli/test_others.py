@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,14 @@ def test_a_build_that_fails_when_it_is_measured_is_told_in_a_line(
     assert "load_seconds" in answers[0]
     assert answers[1]["error"] == "a build failed: KeyError: 'no such\\nkey'"
     assert "--debug run" in answers[1]["hint"]
+
+
+@pytest.mark.parametrize(("command", "method"), [("verify", "verify"), ("run", "session")])
+def test_a_backend_that_hangs_is_ended_after_the_limit(
+    hal_command: Hal, bundle: Path, monkeypatch: pytest.MonkeyPatch, command: str, method: str
+) -> None:
+    monkeypatch.setattr(hal.Bundle, method, lambda *_, **__: time.sleep(3600))
+    more = ["--random-inputs"] if command == "run" else []
+    result = hal_command(command, bundle, *more, "--limit", "0.5")
+    assert result.code == 2
+    assert "ran past the time limit of 0.5 s" in result.err
