@@ -201,12 +201,14 @@ def survived(
         TargetError: that software ended the process, or raised what is no error of hal; or the
             work took longer than ``limit`` seconds.
     """
+    from hal.runtime.opening import find_build
     from hal.targets import foreign_names, guarded
 
     builds = bundle.manifest.builds
-    chosen = [r for name, r in builds.items() if target is None or name.startswith(target)]
+    name = None if target is None else find_build(target, builds)
+    chosen = list(builds.values()) if name is None else [builds[name]]
     others = foreign_names(
-        str(name) for r in chosen for name in (r.backend, *(s["backend"] for s in r.segments))
+        str(each) for r in chosen for each in (r.backend, *(s["backend"] for s in r.segments))
     )
     if others or limit is not None:
         guarded(lambda _: work(), " or ".join(others) or "the run", limit, theirs=bool(others))
