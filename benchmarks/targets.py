@@ -108,9 +108,11 @@ def tried(target: str, models: Sequence[str], say: Any) -> dict[str, Any]:
     cases = [case for case in model_cases() if case.name in models]
     for outcome in run_suite(cases, target, native=False, limit=900):
         say(f"{target}: {outcome.name} {outcome.status}")
-        status = "built" if NOT_RUN in outcome.reason else outcome.status
+        absent = outcome.status == NOT_RUN
+        status = "built" if absent else outcome.status
+        reason = f"{NOT_RUN}: {outcome.reason}" if absent else outcome.reason
         row["models"][outcome.name] = {
-            "status": status, "reason": outcome.reason, "share": outcome.share,
+            "status": status, "reason": reason, "share": outcome.share,
             "max_error": outcome.max_error, "seconds": round(outcome.seconds, 1),
         }  # fmt: skip
     return {**row, "seconds": round(time.perf_counter() - start, 1)}
@@ -135,7 +137,7 @@ def page(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
     for row in rows:
         built = [f["reason"] for f in row["models"].values() if f["status"] == "built"]
         if built:
-            reasons.append(f"- `{row['target']}`: {built[0].partition(': ')[2]}; {CHECKED}.")
+            reasons.append(f"- `{row['target']}`: {built[0]}; {CHECKED}.")
         if "reason" in row:
             reasons.append(f"- `{row['target']}` cannot run here: {row['reason']}.")
         for name, figures in row["models"].items():

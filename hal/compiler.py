@@ -150,13 +150,15 @@ def compile(
                 say=job.say,
             )
             reports = [*reports, *more]
-            reference = job.reference(lambda: _reference_for(graph, samples, job))
         job.say("writing the weights")
+        graph, digests = write_graph(graph, folder)
+        if request is not None:  # what was made of the weights lies in files by now
+            give_back()
+            reference = job.reference(lambda: _reference_for(graph, samples, job))
         manifest = describe(graph, {"model": source}, [r.to_json() for r in reports])
         if isinstance(reference, verification.Reference):
             manifest.samples = write_samples(folder, reference.inputs)
         copy_assets(assets, folder)
-        graph, digests = write_graph(graph, folder)
         if graph.state:
             manifest.state_digest = state_digest(graph)
         _build_all(job, folder, manifest, graph, digests, reference)

@@ -67,6 +67,8 @@ def guarded(
                 doing = f" while {value}" if value else ""
             elif kind in ("stdout", "stderr"):
                 getattr(sys, kind).write(value)
+            elif kind == "document":
+                getattr(sys.stdout, "document", sys.stdout.write)(value)
             elif kind == "raised":
                 error = _restored(value)
                 if theirs and isinstance(error, Exception) and not isinstance(error, HalError):
@@ -156,3 +158,7 @@ class _Relay(io.TextIOBase):
 
     def writable(self) -> bool:
         return True
+
+    def document(self, text: str) -> None:
+        """Whole text that stdout may tell from what others print: see ``hal.cli._output``."""
+        self._pipe.send(("document", text))

@@ -147,9 +147,24 @@ class Registry:
             DescriptorError: the descriptor is wrong.
         """
         if len(parts := _joined(name)) > 1:
+            if not all(parts):
+                raise TargetError(
+                    f"target {name!r} names no chip on one side of a '+'",
+                    "NAME+NAME is a model on several chips",
+                )
             stages = tuple(self.resolve(part) for part in parts)
             return dataclasses.replace(stages[0], target=name, stages=stages)
         target, colon, route = name.partition(":")
+        if not target.strip():
+            raise TargetError(
+                f"a target without a name: {name!r}",
+                "NAME, NAME:ROUTE, or NAME+NAME for a model on several chips; hal targets list",
+            )
+        if "," in target:
+            raise TargetError(
+                f"unknown target {name!r}",
+                "several targets: --target for each; a model on several chips: NAME+NAME",
+            )
         if colon and not route:
             raise TargetError(f"target {name!r} names no route", f"use {target!r} for the default")
         if name.endswith(".toml") or target.endswith(".toml"):

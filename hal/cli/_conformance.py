@@ -65,6 +65,7 @@ def conformance_command(
     """
     import hal
     from hal.conformance import FAILURES, fresh_cache, page, run_suite, select, summary
+    from hal.runtime.here import NOT_RUN
     from hal.targets import foreign, guarded, require_usable, resolve
 
     if html is not None:
@@ -109,6 +110,13 @@ def conformance_command(
             f"{name}: {len(bad)} of {len(outcomes)} cases failed, first {first.name}: "
             f"{first.status}, {first.reason[:200]}",
             "a target passes when what it claims is right; let it refuse the rest with a reason",
+        )
+    absent = [o.reason for o in outcomes if o.status == NOT_RUN]
+    if absent and not figures["passed"]:
+        raise CheckFailed(
+            f"{name}: {len(absent)} of {len(outcomes)} cases were built and none was run here:"
+            f" {absent[0]}",
+            "run it where the target's software and device are",
         )
 
 

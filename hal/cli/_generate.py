@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hal.cli._output import format_bytes, format_seconds, print_facts, print_json, print_line
+from hal.cli._output import NOTE, format_bytes, format_seconds, print_facts, print_json, print_line
 from hal.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def _continue(session: Session, task: Task) -> None:
         )
         return
     print_line()
+    _tell_if_full(session, steps, task)
     rate = stats["tokens_per_second"] or 0
     print_line(f"[{stats['new_tokens']} tokens on {session.target}, {rate:.1f} tokens/s]")
     if task.stats:
@@ -155,6 +156,7 @@ def _chat(session: Session, task: Task) -> None:
         turns.append(statistics(session, steps))
         if not task.json:
             print_line()
+            _tell_if_full(session, steps, task)
             if task.stats:
                 _print_statistics(turns[-1])
     if task.save_state is not None:
@@ -210,6 +212,14 @@ def _stream(steps: Generated, quiet: bool) -> str:
             sys.stdout.write(piece)
             sys.stdout.flush()
     return "".join(pieces)
+
+
+def _tell_if_full(session: Session, steps: Generated, task: Task) -> None:
+    """Say on stderr that the text ends where it does for want of room."""
+    if steps.finish_reason == "length" and len(steps.token_ids) < task.options["max_new_tokens"]:
+        who = "this build (more: compile it with --dim)" if session.capacity else "the model"
+        taken = len(steps.prompt_ids) + len(steps.token_ids)
+        sys.stderr.write(f"{NOTE}stopped: all {taken} positions of {who} are taken\n")
 
 
 def statistics(session: Session, steps: Generated) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Entry point: the list of commands, and how every failure is told.
 
 =========================  =========  =====================================================
-what happened              exit code  what is printed on stderr
+what happened              exit code  what is printed on stderr, and as JSON with ``--json``
 =========================  =========  =====================================================
 a ``HalError``             2          ``error: …`` and ``hint: …``
 a check did not hold       1          the same
@@ -13,6 +13,7 @@ anything unexpected        70         ``error: internal: …`` and where to repo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -25,7 +26,7 @@ from types import FrameType
 import typer
 
 from hal.cli import _app
-from hal.cli._output import print_error
+from hal.cli._output import json_alone, print_error
 from hal.errors import HalError
 
 _INTERNAL = 70  # EX_SOFTWARE of sysexits.h
@@ -42,8 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")  # what other libraries deprecate is not the user's matter
         # Of a bad model it logs what comes as an exception, and is told in our words, as well.
         logging.getLogger("onnx_ir").setLevel(logging.CRITICAL + 1)
+    told = given[: given.index("--")] if "--" in given else given
+    documents = "--json" in told and not {"--help", "-h"} & set(told)
     try:
-        return _run(given or ["--help"], debug)
+        with json_alone() if documents else contextlib.nullcontext():
+            return _run(given or ["--help"], debug)
     except BrokenPipeError:
         # The reader went away (`hal … | head`); point stdout elsewhere so that exit stays quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,7 +80,7 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 def _interrupted() -> int:
     print_error(
-        "error: interrupted",
+        "interrupted",
         "nothing half-written is left; run the command again: layers that were quantized by"
         " calibration are kept for it",
     )
@@ -85,7 +89,7 @@ def _interrupted() -> int:
 
 def _explain(error: Exception) -> int:
     if isinstance(error, HalError):
-        print_error(f"error: {error.message}", error.hint)
+        print_error(error.message, error.hint)
         return error.exit_code
     usage = getattr(error, "format_message", None)
     if callable(usage) and not usage():  # a group without a command, whose help was printed
@@ -93,17 +97,17 @@ def _explain(error: Exception) -> int:
     if callable(usage):  # a usage error; its class lives in click or in typer, by version
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "hal"
-        print_error(f"error: {usage()}", f"see {path} --help")
+        print_error(usage(), f"see {path} --help")
         return 2
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        print_error(f"error: {place}{error.strerror or error}", "check the path, and free space")
+        print_error(f"{place}{error.strerror or error}", "check the path, and free space")
         return 2
     if isinstance(error, MemoryError):
-        print_error("error: not enough memory", "use a machine with more, or a smaller model")
+        print_error("not enough memory", "use a machine with more, or a smaller model")
         return 2
     print_error(
-        f"error: internal: {type(error).__name__}: {_first_line(error)}{_origin(error)}",
+        f"internal: {type(error).__name__}: {_first_line(error)}{_origin(error)}",
         "this is a bug in hal: run the command again with --debug and report what it prints",
     )
     return _INTERNAL

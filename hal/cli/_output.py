@@ -3,18 +3,62 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 NOTE = "note: "
+_STDOUT = 1
+
+
+class _Documents(io.TextIOBase):
+    """What stdout is with ``--json``: documents go there, what else is printed goes to stderr."""
+
+    def __init__(self, goal: TextIO) -> None:
+        self._goal, self.any = goal, False
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+    def document(self, text: str) -> None:
+        """Print a document, now."""
+        self.any = True
+        self._goal.write(text)
+        self._goal.flush()
+
+
+@contextlib.contextmanager
+def json_alone() -> Iterator[None]:
+    """Keep stdout for JSON documents: what libraries and plug-ins print goes to stderr."""
+    goal = sys.stdout
+    goal.flush()
+    with contextlib.ExitStack() as stack:
+        # Text of C libraries and child processes too, unless stdout is a stand-in without a number.
+        if _number(goal) == _STDOUT and _number(sys.stderr) is not None:
+            goal = stack.enter_context(os.fdopen(os.dup(_STDOUT), "w", encoding="utf-8"))
+            os.dup2(sys.stderr.fileno(), _STDOUT)
+            stack.callback(os.dup2, goal.fileno(), _STDOUT)
+        stack.enter_context(contextlib.redirect_stdout(_Documents(goal)))
+        yield
+
+
+def _number(stream: TextIO) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError):
+        return None
 
 
 def print_json(value: Any) -> None:
     """Print one JSON document on stdout."""
-    json.dump(value, sys.stdout, indent=2, default=str, allow_nan=False)
-    sys.stdout.write("\n")
+    text = json.dumps(value, indent=2, default=str, allow_nan=False) + "\n"
+    getattr(sys.stdout, "document", sys.stdout.write)(text)
 
 
 def print_line(text: str = "") -> None:
@@ -23,12 +67,15 @@ def print_line(text: str = "") -> None:
 
 
 def print_error(message: str, hint: str = "") -> None:
-    """Print ``message`` and ``hint: …`` on stderr, one line each."""
-    lines = [" ".join(message.split())]
-    if hint:
-        lines.append("hint: " + " ".join(hint.split()))
-    sys.stderr.write("\n".join(lines) + "\n")
+    """Print ``error: …`` and ``hint: …`` on stderr, one line each.
+
+    A command with ``--json`` that has printed no document prints both as one.
+    """
+    message, hint = (" ".join(text.split()) for text in (message, hint))
+    sys.stderr.write(f"error: {message}\n" + (f"hint: {hint}\n" if hint else ""))
     sys.stderr.flush()
+    if isinstance(sys.stdout, _Documents) and not sys.stdout.any:
+        print_json({"error": message, "hint": hint})
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

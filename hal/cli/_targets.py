@@ -20,7 +20,7 @@ from hal.cli._output import (
 
 if TYPE_CHECKING:
     from hal.descriptor import Descriptor, Quantity
-    from hal.targets import BackendInfo
+    from hal.targets import BackendInfo, ResolvedTarget
 
 _PROBE_SECONDS = 30.0
 """What a backend of another package may take to say whether it can run here."""
@@ -139,17 +139,39 @@ def validate_command(
             print_line(f"warning: {file}: {warning}")
 
 
-def setup_command(target: Name, json: Json = False) -> None:
-    """Install the vendor's software that a target needs into an environment of its own."""
+def setup_command(
+    targets: Annotated[
+        list[str], typer.Argument(metavar="TARGET...", help="Names, NAME:ROUTE, or .toml files.")
+    ],
+    json: Json = False,
+) -> None:
+    """Install the vendor's software that targets need, each into an environment of its own."""
     from hal.targets import load_backend, resolve
 
-    found = resolve(target)
-    with progress(quiet=json) as say:
-        done = load_backend(found.backend).setup(found.descriptor, say)
+    done = []
+    for found in [stage for name in targets for stage in _stages(resolve(name))]:
+        backend = load_backend(found.backend)
+        with progress(quiet=json) as say:
+            place = backend.setup(found.descriptor, say)
+        probe = backend.probe()
+        absent = probe.reason if probe.status == "absent" else backend.cannot_run(found.descriptor)
+        package = getattr(found.route, "package", None) if place is None else None
+        facts = {"environment": place, "package": package, "cannot_run": absent or None}
+        done.append({"target": found.name, **facts})
+        if not json:
+            print_line(f"{found.name}: {_setup_text(place, package)}{absent and f', but {absent}'}")
     if json:
-        print_json({"target": found.name, "environment": str(done) if done else None})
-        return
-    print_line(f"{found.name}: ready in {done}" if done else f"{found.name}: needs nothing")
+        print_json({"targets": done})
+
+
+def _stages(found: ResolvedTarget) -> tuple[ResolvedTarget, ...]:
+    return found.stages or (found,)
+
+
+def _setup_text(place: Path | None, package: str | None) -> str:
+    if package is not None:
+        return f"runs with its vendor's runtime, which is yours to install: pip install {package}"
+    return f"ready in {place}" if place else "needs nothing"
 
 
 def new_command(

@@ -28,12 +28,21 @@ from onnx.backend.test.runner import Runner
 
 from hal.conformance.cases import Case
 from hal.conformance.models import ModelCase
+from hal.errors import (
+    BuildError,
+    CheckFailed,
+    HalError,
+    InputError,
+    TargetError,
+    UnsupportedError,
+)
+from hal.runtime.here import NOT_RUN, cannot_run
 
-PASSED, WRONG, WRONG_DTYPE, UNSUPPORTED, ERROR = STATUSES = (
-    "passed", "wrong", "wrong dtype", "unsupported", "error"
+PASSED, WRONG, WRONG_DTYPE, UNSUPPORTED, BUILT, ERROR = STATUSES = (
+    "passed", "wrong", "wrong dtype", "unsupported", NOT_RUN, "error"
 )  # fmt: skip
 FAILURES = (WRONG, WRONG_DTYPE, ERROR)
-"""What no target may do: a refusal with a reason is no failure."""
+"""What no target may do: a refusal with a reason is no failure, nor is a machine without it."""
 TIME_LIMIT = 120.0
 
 
@@ -82,7 +91,6 @@ def run_case(case: Case | ModelCase, target: str, fallback: bool, native: bool =
 def _run_model(case: ModelCase, target: str, fallback: bool) -> Outcome:
     """Compile and verify a model. One of which the host runs every node is unsupported."""
     import hal
-    from hal.errors import CheckFailed, UnsupportedError
 
     start = time.perf_counter()
     status, reason, share = PASSED, "", None
@@ -101,6 +109,8 @@ def _run_model(case: ModelCase, target: str, fallback: bool) -> Outcome:
         if share == 0:
             refused = record.placement["refused"]
             status, reason = UNSUPPORTED, f"takes none of its nodes: {refused[0]['reason']}"
+        elif absent := cannot_run(record):
+            status, reason = BUILT, absent
         elif not figures.get("passed"):
             status, reason = ERROR, f"not compared: {figures.get('reason')}"
         elif case.faults and (wrong := faults(bundle, record.target)):
@@ -124,8 +134,6 @@ def faults(bundle: Any, target: str) -> str:
     Inputs that are missing, unknown, of another dtype or shape have to be refused as such, and
     right inputs give what they gave before all that.
     """
-    from hal.errors import InputError
-
     with bundle.session(target) as session:
         spec = session.inputs[0]
         shape = [d if isinstance(d, int) else 2 for d in spec.dims or ()]
@@ -172,8 +180,6 @@ def _failure(error: Exception, refusals: type[Exception] | None = None) -> tuple
     ``refusals`` are the errors that count as such: by default all that say what a model has and
     hal or the target has not.
     """
-    from hal.errors import BuildError, HalError, TargetError
-
     kind = type(error).__name__
     if isinstance(error, HalError):
         refused = isinstance(error, refusals or HalError)
@@ -202,9 +208,15 @@ def _judge(
             return WRONG_DTYPE, dtypes
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return WRONG, " ".join(lines[:4])
+    except _NotRunError as absent:
+        return BUILT, str(absent)
     except Exception as error:  # noqa: BLE001 - whatever a case raises is its outcome
         return _failure(error)
     return PASSED, ""
+
+
+class _NotRunError(Exception):
+    """Why what was built does not run on this machine."""
 
 
 def _other_dtypes(outputs: Sequence[Any], wanted: Sequence[Any]) -> str:
@@ -246,8 +258,14 @@ def _hal_runner(case: Case, target: str, fallback: bool, built: _Built) -> Runna
         path = Path(folder) / "model.onnx"
         path.write_bytes(case.model.SerializeToString())
         bundle = hal.compile(path, target=target, verify=False, fallback=fallback)
-    built.share = _share(next(iter(bundle.manifest.builds.values())))
-    session = bundle.session(threads=1)
+    record = next(iter(bundle.manifest.builds.values()))
+    built.share = _share(record)
+    try:
+        session = bundle.session(threads=1)
+    except HalError as error:
+        if absent := cannot_run(record):
+            raise _NotRunError(absent) from error
+        raise
     built.narrowed.update(bundle.narrowed(session.target))
 
     def run(inputs: list[Any]) -> list[Any]:

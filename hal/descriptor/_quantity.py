@@ -50,6 +50,17 @@ def _build_units() -> dict[str, tuple[str, float]]:
 UNITS = MappingProxyType(_build_units())
 """Unit symbol to (dimension, factor to the base unit of that dimension)."""
 
+_MOST = MappingProxyType(
+    {
+        "bytes": 1e16,
+        "bytes per second": 1e17,
+        "operations per second": 1e20,
+        "frequency": 1e11,
+        "power": 1e9,
+    }
+)
+"""Far more than the largest systems of 2026 have, in base units: above it the unit is wrong."""
+
 Confidence = Literal["measured", "vendor", "computed", "secondary", "conflicting", "recalled"]
 """How far a figure can be trusted.
 
@@ -90,7 +101,12 @@ class Quantity(Model):
         return unit
 
     @model_validator(mode="after")
-    def _same_dimension(self) -> Quantity:
+    def _possible(self) -> Quantity:
+        most = _MOST.get(self.dimension, math.inf)
+        if self.base > most:
+            raise ValueError(
+                f"{self.value:g} {self.unit} is more than any device has: is the unit right?"
+            )
         for other in self.alternatives:
             if other.dimension != self.dimension:
                 raise ValueError(f"alternative in {other.unit!r} is not {self.dimension}")

@@ -88,7 +88,7 @@ def no_scales(weight: np.ndarray, form: Format) -> str:
     """Why float16 has no scales for a matrix, or nothing: what it would make of it is lost."""
     if form.code == "mxfp4":  # powers of two with eight bits of exponent
         return ""
-    largest = float(np.abs(weight).max(initial=0.0))
+    largest = float(max(weight.max(initial=0.0), -weight.min(initial=0.0)))  # no copy of it
     scale = largest / (form.highest if form.symmetric else form.levels)
     if scale > _LARGEST_SCALE or 0 < scale < _SMALLEST_SCALE:
         return f"its numbers, up to {largest:.2g}, are too {_word(scale)} for scales of float16"

@@ -14,7 +14,8 @@ Ashkboos et al., arXiv 2404.00456 (QuaRot) and 2401.15024 (SliceGPT).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -27,6 +28,9 @@ from hal.passes.quantize.hadamard import Rotation
 from hal.passes.quantize.residual import Stream, Use, find_streams
 
 _Step = Callable[[np.ndarray], np.ndarray]
+
+_AT_ONCE = 1 << 22
+"""Numbers of a weight that are turned together: some copies of them are alive meanwhile."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,16 +96,16 @@ class _Turn:
         groups: dict[tuple[ir.Value, int], list[Use]] = {}
         for use in self.stream.uses:
             groups.setdefault((use.weight, use.axis), []).append(use)
-        steps: dict[ir.Value, list[_Step]] = {}
+        steps: dict[ir.Value, dict[int, _Step]] = {}
         for (weight, axis), uses in groups.items():
-            steps.setdefault(weight, []).append(self._step(weight, axis, uses))
+            steps.setdefault(weight, {})[axis] = self._step(weight, axis, uses)
         for weight, todo in steps.items():
             _later(weight, todo)
         for node, index in self.stream.added.items():
             value = node.inputs[index]
             assert value is not None
             new = self.edit.tensor(_tensor(value), f"{value.name}.turned")
-            _later(new, [self._maker(-1)])
+            _later(new, {-1: self._maker(-1)})
             node.replace_input_with(index, new)
         for norm in self.stream.norms:
             self._plain(norm)
@@ -232,18 +236,34 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
     return value.const_value
 
 
-def _later(value: ir.Value, steps: list[_Step]) -> None:
-    """Put a value's tensor through ``steps`` in float32 whenever it is read."""
+def _later(value: ir.Value, steps: dict[int, _Step]) -> None:
+    """Put a value's tensor through ``steps``, by their axes, in float32 whenever it is read."""
     tensor = _tensor(value)
 
     def compute() -> ir.TensorProtocol:
-        array = np.asarray(tensor.numpy(), np.float32)
-        for step in steps:
-            array = step(array)
-        made = np.ascontiguousarray(array).astype(tensor.dtype.numpy())
+        array = tensor.numpy()
+        made = np.empty(array.shape, tensor.dtype.numpy())
+        for block in _blocks(array.shape, steps):
+            part = np.asarray(array[block], np.float32)
+            for step in steps.values():
+                part = step(part)
+            made[block] = part
         return ir.Tensor(made, tensor.dtype, name=value.name)
 
     value.const_value = ir.LazyTensor(compute, tensor.dtype, tensor.shape, name=value.name)  # type: ignore[arg-type]
+
+
+def _blocks(shape: tuple[int, ...], axes: Iterable[int]) -> Iterator[tuple[slice, ...]]:
+    """Slices along one axis that is not among ``axes``, of a limited size if there is such one."""
+    taken = {axis % len(shape) for axis in axes}
+    free = [axis for axis in range(len(shape)) if axis not in taken]
+    if not free:
+        yield ()
+        return
+    axis = max(free, key=lambda a: shape[a])
+    size = max(1, _AT_ONCE * shape[axis] // max(1, math.prod(shape)))
+    for start in range(0, shape[axis], size):
+        yield (*(slice(None),) * axis, slice(start, start + size))
 
 
 __all__ = ["Rotate", "Turned", "rotate"]

@@ -38,6 +38,13 @@ def test_a_prompt_is_continued_and_the_rate_told(hal_command: Hal, chat: Path) -
     assert report["stats"]["new_tokens"] == 12
 
 
+def test_a_text_that_ends_for_want_of_room_says_so(hal_command: Hal, chat: Path) -> None:
+    result = hal_command("run", chat, *PROMPT[:3], 100_000)
+    positions = hal.load(chat).manifest.metadata["max_positions"]
+    assert result.code == 0
+    assert result.err == f"note: stopped: all {positions} positions of the model are taken\n"
+
+
 def test_statistics_tell_rates_and_the_size_of_the_state(hal_command: Hal, chat: Path) -> None:
     out = hal_command("run", chat, *PROMPT, "--stats").out
     for word in ("prefill", "decode", "state", "bytes per token", "finished  length"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -120,3 +122,64 @@ def test_a_backend_that_hangs_is_ended_after_the_limit(
     result = hal_command(command, bundle, *more, "--limit", "0.5")
     assert result.code == 2
     assert "ran past the time limit of 0.5 s" in result.err
+
+
+def test_what_a_plugin_prints_does_not_spoil_json(
+    hal_command: Hal, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify = hal.Bundle.verify
+
+    def loud(*given: Any, **named: Any) -> Any:
+        print("made by Acme")
+        return verify(*given, **named)
+
+    monkeypatch.setattr(hal.Bundle, "verify", loud)
+    for more in ([], ["--limit", "60"]):  # in this process, and in one of its own
+        result = hal_command("verify", bundle, "--json", *more)
+        assert result.code == 0, result.err
+        assert "host:onnxruntime" in result.json["builds"]
+        assert "made by Acme" in result.err
+
+
+def test_what_libraries_print_beside_python_does_not_spoil_json(bundle: Path) -> None:
+    program = (
+        "import os, sys, hal; from hal.cli import main\n"
+        "load = hal.load\n"
+        "hal.load = lambda path: (os.write(1, b'made by Acme'), load(path))[1]\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, "verify", str(bundle), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "host:onnxruntime" in json.loads(done.stdout)["builds"]
+    assert "made by Acme" in done.stderr
+
+
+def test_errors_are_json_too(hal_command: Hal, tmp_path: Path) -> None:
+    result = hal_command("verify", tmp_path / "none.hal", "--json")
+    assert result.code == 2
+    assert f"error: {result.json['error']}\nhint: {result.json['hint']}\n" == result.err
+
+
+def test_several_targets_are_set_up_and_what_is_not_hals_to_install_is_told(
+    hal_command: Hal,
+) -> None:
+    result = hal_command("targets", "setup", "host", "ascend-910b+host")
+    assert result.code == 0
+    first, second, third = result.out.splitlines()
+    assert first == third == "host:onnxruntime: needs nothing"
+    assert "runtime, which is yours to install: pip install onnxruntime-cann" in second
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("rk3588+", "NAME+NAME is a model on several chips"),
+        ("a,b", "--target for each"),
+        ("", "NAME"),
+    ],
+)
+def test_lists_of_targets_that_are_none_get_a_hint(hal_command: Hal, name: str, hint: str) -> None:
+    result = hal_command("targets", "show", name)
+    assert result.code == 2
+    assert hint in result.err.splitlines()[1]
+    assert len(result.err) < 300

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import hal
-from hal.conformance import further_cases, model_cases, run_case, select
+import hal.conformance.running
+from hal.conformance import further_cases, model_cases, node_cases, run_case, select
 from hal.conformance.running import faults
-from hal.errors import InputError
+from hal.errors import InputError, TargetError
 from hal.ir import TensorSpec
 
 CASES = {case.name: case for case in further_cases()}
@@ -80,3 +81,15 @@ def test_a_session_that_remembers_a_wrong_call_is_found(monkeypatch: pytest.Monk
 
 def test_the_models_are_written_where_they_are_asked_for(tmp_path: Path) -> None:
     assert CASES["mlp-faults"].write(tmp_path).parent == tmp_path
+
+
+def test_what_this_machine_cannot_run_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: Any, **__: Any) -> Any:
+        raise TargetError("no driver")
+
+    monkeypatch.setattr(hal.conformance.running, "cannot_run", lambda _: "no driver")
+    monkeypatch.setattr(hal.Bundle, "session", absent)
+    (relu,) = (case for case in node_cases() if case.name == "test_relu")
+    for case in (relu, CASES["mlp-faults"]):
+        outcome = run_case(case, "host:onnxruntime", False, False)
+        assert (outcome.status, outcome.reason) == ("built, not run", "no driver")
