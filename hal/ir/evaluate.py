@@ -291,6 +291,9 @@ def _weightless(
         array = np.ascontiguousarray(tensor.numpy())
         # Numpy has a byte for each code of few bits; the runtime's value has them packed.
         weights[name] = to_ort(array) if tensor.dtype.bitwidth < _BYTE else array
+        if tensor.dtype.bitwidth < _BYTE and isinstance(tensor, ir.ExternalTensor):
+            del array
+            tensor.release()  # it would keep them, too
         value.type = ir.TensorType(tensor.dtype)
         value.shape = ir.Shape(tensor.shape.numpy())
         del model.graph.initializers[name]
