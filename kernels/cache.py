@@ -17,6 +17,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T  # noqa: N812
 
+from hal.kernels import many_queries
 from hal.kernels.exponential import COEFFICIENTS, LN2_HIGH, LN2_LOW, LOG2E
 from hal.kernels.vectors import span, spread, vector_lanes
 
@@ -27,6 +28,9 @@ TILE = 8
 """Most query heads that share one reading of the keys."""
 
 _LOWEST = -3e38
+
+_MANY = 4
+"""Queries from which they are taken side by side, where vectors are not longer."""
 
 
 DTYPES = {0: "float32", 8: "int8", 4: "uint8"}
@@ -129,6 +133,7 @@ class Attention:
     shared: bool = False
     lanes: int = 8
     cores: int = 1
+    registers: int = 16
 
     @property
     def tile(self) -> int:
@@ -219,6 +224,7 @@ def attention(a: Attention) -> Any:  # noqa: C901 - kernel text
     windowed, capped, packed, more = window > 0, softcap > 0, bits == 4, high_values > 0
     kind, value_kind = (f"float32x{n}" if n > 1 else "float32" for n in (v, w))
     exp_kind = f"float32x{e}" if e > 1 else "float32"
+    many, operands = max(a.lanes, _MANY), many_queries.Operands
 
     @T.prim_func(s_tir=True)
     def cached_attention(  # type: ignore[no-untyped-def]  # noqa: C901
@@ -265,136 +271,116 @@ def attention(a: Attention) -> Any:  # noqa: C901 - kernel text
                 out[0:batch, 0:heads, 0:new, 0 : a.value_channels],
                 log_sums[0:sum_batch, 0:sum_heads, 0:sum_new],
             )
-            for task in T.parallel(batch * T.int64(kv_heads * tiles) * new):
-                b: T.int64 = task // (T.int64(kv_heads * tiles) * new)
-                kv: T.int64 = task // (T.int64(tiles) * new) % kv_heads
-                first: T.int64 = kv * group + task // new % tiles * tile
-                s: T.int64 = task % new
-                last: T.int64 = lengths[b] + s - T.int64(a.lag)
-                oldest: T.int64 = (
-                    T.max(last + T.int64(a.lag - window + 1), T.int64(0))
-                    if windowed
-                    else T.int64(0)
-                )
-                scores = T.alloc_buffer((tile * BLOCK,), "float32", scope="global")
-                sums = T.alloc_buffer((tile * a.value_channels,), "float32", scope="global")
-                peaks = T.alloc_buffer((tile,), "float32", scope="global")
-                totals = T.alloc_buffer((tile,), "float32", scope="global")
-                dots = T.alloc_buffer((tile,), kind, scope="local")
-                wide = T.alloc_buffer((1,), kind, scope="local")
-                wide_value = T.alloc_buffer((1,), value_kind, scope="local")
-                parts = T.alloc_buffer((tile,), value_kind, scope="local")
-                x = T.alloc_buffer((1,), exp_kind, scope="local")
-                n2 = T.alloc_buffer((1,), exp_kind, scope="local")
-                best = T.alloc_buffer((1,), exp_kind, scope="local")
-                added = T.alloc_buffer((1,), exp_kind, scope="local")
-                for g in T.serial(tile):
-                    peaks[g] = T.float32(_LOWEST)
-                    totals[g] = T.float32(0)
-                for i in T.serial(tile * a.value_channels):
-                    sums[i] = T.float32(0)
-                for n in T.serial(oldest // page, last // page + 1):
-                    at: T.int64 = T.Cast("int64", table[b, n])
-                    for k in T.serial((page + T.int64(BLOCK - 1)) // BLOCK):
-                        lo: T.int64 = T.max(k * BLOCK, oldest - n * page)
-                        hi: T.int64 = T.min(
-                            T.min(k * BLOCK + BLOCK, page), last + T.int64(1) - n * page
-                        )
-                        if lo < hi:
-                            for j in T.serial(hi - lo):
-                                for g in T.unroll(tile):
-                                    dots[g] = _spread(0.0, v)
-                                for i in T.serial(steps):
-                                    wide[0] = _wide(
-                                        keys[at, kv, lo + j, span(i * v, v)],
-                                        v,
-                                        bits,
-                                        key_scales[at, kv, lo + j, i * v // block],
-                                    )
+            if new < T.int64(many):
+                for task in T.parallel(batch * T.int64(kv_heads * tiles) * new):
+                    b: T.int64 = task // (T.int64(kv_heads * tiles) * new)
+                    kv: T.int64 = task // (T.int64(tiles) * new) % kv_heads
+                    first: T.int64 = kv * group + task // new % tiles * tile
+                    s: T.int64 = task % new
+                    last: T.int64 = lengths[b] + s - T.int64(a.lag)
+                    oldest: T.int64 = (
+                        T.max(last + T.int64(a.lag - window + 1), T.int64(0))
+                        if windowed
+                        else T.int64(0)
+                    )
+                    scores = T.alloc_buffer((tile * BLOCK,), "float32", scope="global")
+                    sums = T.alloc_buffer((tile * a.value_channels,), "float32", scope="global")
+                    peaks = T.alloc_buffer((tile,), "float32", scope="global")
+                    totals = T.alloc_buffer((tile,), "float32", scope="global")
+                    dots = T.alloc_buffer((tile,), kind, scope="local")
+                    wide = T.alloc_buffer((1,), kind, scope="local")
+                    wide_value = T.alloc_buffer((1,), value_kind, scope="local")
+                    parts = T.alloc_buffer((tile,), value_kind, scope="local")
+                    x = T.alloc_buffer((1,), exp_kind, scope="local")
+                    n2 = T.alloc_buffer((1,), exp_kind, scope="local")
+                    best = T.alloc_buffer((1,), exp_kind, scope="local")
+                    added = T.alloc_buffer((1,), exp_kind, scope="local")
+                    for g in T.serial(tile):
+                        peaks[g] = T.float32(_LOWEST)
+                        totals[g] = T.float32(0)
+                    for i in T.serial(tile * a.value_channels):
+                        sums[i] = T.float32(0)
+                    for n in T.serial(oldest // page, last // page + 1):
+                        at: T.int64 = T.Cast("int64", table[b, n])
+                        for k in T.serial((page + T.int64(BLOCK - 1)) // BLOCK):
+                            lo: T.int64 = T.max(k * BLOCK, oldest - n * page)
+                            hi: T.int64 = T.min(
+                                T.min(k * BLOCK + BLOCK, page), last + T.int64(1) - n * page
+                            )
+                            if lo < hi:
+                                for j in T.serial(hi - lo):
                                     for g in T.unroll(tile):
-                                        dots[g] = (
-                                            dots[g] + q[b, first + g, s, span(i * v, v)] * wide[0]
-                                        )
-                                    if packed:
+                                        dots[g] = _spread(0.0, v)
+                                    for i in T.serial(steps):
                                         wide[0] = _wide(
                                             keys[at, kv, lo + j, span(i * v, v)],
                                             v,
                                             bits,
-                                            key_scales[at, kv, lo + j, (stored + i * v) // block],
-                                            high=True,
+                                            key_scales[at, kv, lo + j, i * v // block],
                                         )
                                         for g in T.unroll(tile):
                                             dots[g] = (
                                                 dots[g]
-                                                + q[b, first + g, s, span(stored + i * v, v)]
-                                                * wide[0]
+                                                + q[b, first + g, s, span(i * v, v)] * wide[0]
                                             )
-                                for g in T.unroll(tile):
-                                    scores[g * BLOCK + j] = _sum(dots[g], v) * T.float32(scale)
-                            if capped:
-                                for j in T.serial(hi - lo):
+                                        if packed:
+                                            wide[0] = _wide(
+                                                keys[at, kv, lo + j, span(i * v, v)],
+                                                v,
+                                                bits,
+                                                key_scales[
+                                                    at, kv, lo + j, (stored + i * v) // block
+                                                ],
+                                                high=True,
+                                            )
+                                            for g in T.unroll(tile):
+                                                dots[g] = (
+                                                    dots[g]
+                                                    + q[b, first + g, s, span(stored + i * v, v)]
+                                                    * wide[0]
+                                                )
                                     for g in T.unroll(tile):
-                                        scores[g * BLOCK + j] = T.tanh(
-                                            scores[g * BLOCK + j] * T.float32(1.0 / softcap)
-                                        ) * T.float32(softcap)
-                            for j in T.serial(hi - lo, T.int64(BLOCK)):
-                                for g in T.unroll(tile):
-                                    scores[g * BLOCK + j] = T.float32(_LOWEST)
-                            for g in T.serial(tile):
-                                best[0] = scores[span(g * BLOCK, e)]
-                                for i in T.unroll(1, BLOCK // e):
-                                    best[0] = T.max(best[0], scores[span(g * BLOCK + i * e, e)])
-                                top: T.float32 = T.max(peaks[g], _peak(best[0], e))
-                                shrink: T.float32 = T.exp(peaks[g] - top)
-                                peaks[g] = top
-                                added[0] = _spread(0.0, e)
-                                for i in T.unroll(BLOCK // e):
-                                    x[0] = T.max(
-                                        scores[span(g * BLOCK + i * e, e)] - spread(top, e),
-                                        _spread(-87.0, e),
-                                    )
-                                    n2[0] = T.floor(x[0] * _spread(LOG2E, e) + _spread(0.5, e))
-                                    x[0] = (
-                                        x[0]
-                                        - n2[0] * _spread(LN2_HIGH, e)
-                                        - n2[0] * _spread(LN2_LOW, e)
-                                    )
-                                    x[0] = _polynomial(x[0], e) * _power_of_two(n2[0], e)
-                                    scores[span(g * BLOCK + i * e, e)] = x[0]
-                                    added[0] = added[0] + x[0]
-                                totals[g] = totals[g] * shrink + _sum(added[0], e)
-                                if shrink != T.float32(1):
-                                    for c in T.serial(a.value_channels // w):
-                                        sums[span(g * a.value_channels + c * w, w)] = sums[
-                                            span(g * a.value_channels + c * w, w)
-                                        ] * spread(shrink, w)
-                            for i in T.serial(low_steps):
-                                for g in T.unroll(tile):
-                                    parts[g] = sums[span(g * a.value_channels + i * w, w)]
-                                for j in T.serial(hi - lo):
-                                    wide_value[0] = _wide(
-                                        (keys if a.shared else values)[
-                                            at, kv, lo + j, span(i * w, w)
-                                        ],
-                                        w,
-                                        bits,
-                                        (key_scales if a.shared else value_scales)[
-                                            at, kv, lo + j, i * w // block
-                                        ],
-                                    )
+                                        scores[g * BLOCK + j] = _sum(dots[g], v) * T.float32(scale)
+                                if capped:
+                                    for j in T.serial(hi - lo):
+                                        for g in T.unroll(tile):
+                                            scores[g * BLOCK + j] = T.tanh(
+                                                scores[g * BLOCK + j] * T.float32(1.0 / softcap)
+                                            ) * T.float32(softcap)
+                                for j in T.serial(hi - lo, T.int64(BLOCK)):
                                     for g in T.unroll(tile):
-                                        parts[g] = (
-                                            parts[g]
-                                            + spread(scores[g * BLOCK + j], w) * wide_value[0]
+                                        scores[g * BLOCK + j] = T.float32(_LOWEST)
+                                for g in T.serial(tile):
+                                    best[0] = scores[span(g * BLOCK, e)]
+                                    for i in T.unroll(1, BLOCK // e):
+                                        best[0] = T.max(best[0], scores[span(g * BLOCK + i * e, e)])
+                                    top: T.float32 = T.max(peaks[g], _peak(best[0], e))
+                                    shrink: T.float32 = T.exp(peaks[g] - top)
+                                    peaks[g] = top
+                                    added[0] = _spread(0.0, e)
+                                    for i in T.unroll(BLOCK // e):
+                                        x[0] = T.max(
+                                            scores[span(g * BLOCK + i * e, e)] - spread(top, e),
+                                            _spread(-87.0, e),
                                         )
-                                for g in T.unroll(tile):
-                                    sums[span(g * a.value_channels + i * w, w)] = parts[g]
-                            if more:
-                                for i in T.serial(high_steps):
+                                        n2[0] = T.floor(x[0] * _spread(LOG2E, e) + _spread(0.5, e))
+                                        x[0] = (
+                                            x[0]
+                                            - n2[0] * _spread(LN2_HIGH, e)
+                                            - n2[0] * _spread(LN2_LOW, e)
+                                        )
+                                        x[0] = _polynomial(x[0], e) * _power_of_two(n2[0], e)
+                                        scores[span(g * BLOCK + i * e, e)] = x[0]
+                                        added[0] = added[0] + x[0]
+                                    totals[g] = totals[g] * shrink + _sum(added[0], e)
+                                    if shrink != T.float32(1):
+                                        for c in T.serial(a.value_channels // w):
+                                            sums[span(g * a.value_channels + c * w, w)] = sums[
+                                                span(g * a.value_channels + c * w, w)
+                                            ] * spread(shrink, w)
+                                for i in T.serial(low_steps):
                                     for g in T.unroll(tile):
-                                        parts[g] = sums[
-                                            span(g * a.value_channels + low_values + i * w, w)
-                                        ]
+                                        parts[g] = sums[span(g * a.value_channels + i * w, w)]
                                     for j in T.serial(hi - lo):
                                         wide_value[0] = _wide(
                                             (keys if a.shared else values)[
@@ -403,9 +389,8 @@ def attention(a: Attention) -> Any:  # noqa: C901 - kernel text
                                             w,
                                             bits,
                                             (key_scales if a.shared else value_scales)[
-                                                at, kv, lo + j, (value_width + i * w) // block
+                                                at, kv, lo + j, i * w // block
                                             ],
-                                            high=True,
                                         )
                                         for g in T.unroll(tile):
                                             parts[g] = (
@@ -413,24 +398,60 @@ def attention(a: Attention) -> Any:  # noqa: C901 - kernel text
                                                 + spread(scores[g * BLOCK + j], w) * wide_value[0]
                                             )
                                     for g in T.unroll(tile):
-                                        sums[span(g * a.value_channels + low_values + i * w, w)] = (
-                                            parts[g]
-                                        )
-                for g in T.serial(tile):
-                    for c in T.serial(a.value_channels // w):
-                        out[b, first + g, s, span(c * w, w)] = sums[
-                            span(g * a.value_channels + c * w, w)
-                        ] * spread(
-                            T.Select(
-                                totals[g] > T.float32(0), T.float32(1) / totals[g], T.float32(0)
-                            ),
-                            w,
-                        )
-                    if a.partial:
-                        log_sums[b, first + g, s] = T.Select(
-                            totals[g] > T.float32(0),
-                            peaks[g] + T.log(totals[g]),
-                            T.float32(_LOWEST),
-                        )
+                                        sums[span(g * a.value_channels + i * w, w)] = parts[g]
+                                if more:
+                                    for i in T.serial(high_steps):
+                                        for g in T.unroll(tile):
+                                            parts[g] = sums[
+                                                span(g * a.value_channels + low_values + i * w, w)
+                                            ]
+                                        for j in T.serial(hi - lo):
+                                            wide_value[0] = _wide(
+                                                (keys if a.shared else values)[
+                                                    at, kv, lo + j, span(i * w, w)
+                                                ],
+                                                w,
+                                                bits,
+                                                (key_scales if a.shared else value_scales)[
+                                                    at, kv, lo + j, (value_width + i * w) // block
+                                                ],
+                                                high=True,
+                                            )
+                                            for g in T.unroll(tile):
+                                                parts[g] = (
+                                                    parts[g]
+                                                    + spread(scores[g * BLOCK + j], w)
+                                                    * wide_value[0]
+                                                )
+                                        for g in T.unroll(tile):
+                                            sums[
+                                                span(g * a.value_channels + low_values + i * w, w)
+                                            ] = parts[g]
+                    for g in T.serial(tile):
+                        for c in T.serial(a.value_channels // w):
+                            out[b, first + g, s, span(c * w, w)] = sums[
+                                span(g * a.value_channels + c * w, w)
+                            ] * spread(
+                                T.Select(
+                                    totals[g] > T.float32(0), T.float32(1) / totals[g], T.float32(0)
+                                ),
+                                w,
+                            )
+                        if a.partial:
+                            log_sums[b, first + g, s] = T.Select(
+                                totals[g] > T.float32(0),
+                                peaks[g] + T.log(totals[g]),
+                                T.float32(_LOWEST),
+                            )
+            else:
+                many_queries.emit(
+                    a,
+                    operands(
+                        q, keys, values, table, lengths, key_scales, value_scales, out, log_sums
+                    ),
+                    batch,
+                    new,
+                    page,
+                )
 
     return cached_attention

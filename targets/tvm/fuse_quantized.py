@@ -19,6 +19,7 @@ from hal.ir import HAL_DOMAIN, Graph
 from hal.ir.small_floats import restate_small_floats
 from hal.ir.weights import as_bytes
 from hal.kernels.quantized_layout import Layout, pack
+from hal.kernels.quantized_matmul import tiles_side_by_side
 from hal.targets.tvm.lowering import Shaping
 from hal.targets.tvm.own_ops import DOMAIN
 from hal.targets.tvm.quantized_codes import (
@@ -160,6 +161,7 @@ class _Rewrite:
             zeros=not weights.symmetric,
             integer=integer,
             signed=dot is not None and integer and dot.signed,
+            tiles=tiles_side_by_side(self._shaping.registers) if integer else 1,
             floats=weights.floats,
         )
 

@@ -287,7 +287,9 @@ def test_the_command_reports_as_text_json_and_html(
     assert code == 0
     assert "dims: batch = 4 (given)" in out
     assert "the ops of mlp.onnx on acme-1:acme" in out
-    assert "2 cases: 1 passed, 0 wrong, 0 wrong dtype, 1 unsupported, 0 built, not run, 0 error" in out
+    assert (
+        "2 cases: 1 passed, 0 wrong, 0 wrong dtype, 1 unsupported, 0 built, not run, 0 error" in out
+    )
     page = (tmp_path / "page.html").read_text()
     assert "dims: batch = 4 (given)" in page
     assert "<td>100 %" in page

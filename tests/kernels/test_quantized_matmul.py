@@ -33,6 +33,16 @@ def test_rounded_activations_times_codes_by_the_hosts_dot_product(bits: int, zer
     check(layout, on, 32)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("n", [32, 45])
+def test_two_tiles_side_by_side(bits: int, n: int) -> None:
+    on = chip("host")
+    if on.dot is None:
+        pytest.skip("this machine has no dot product of bytes")
+    lanes, signed = on.dot.lanes, on.dot.signed
+    check(Layout(n, 96, bits, 32, lanes, integer=True, signed=signed, tiles=2), on, 32)
+
+
 def test_rounded_activations_without_a_dot_product_are_floats() -> None:
     check(Layout(11, 64, 4, 32, 4), chip("narrow"), 32)
 

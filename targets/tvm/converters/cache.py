@@ -94,6 +94,7 @@ class _Source:
             shared=bool(shared),
             lanes=op.context.shaping.lanes,
             cores=op.context.shaping.cores,
+            registers=op.context.shaping.registers,
         )
         self.operands = [q, keys, values, table, lengths, *scales]
 
