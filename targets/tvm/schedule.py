@@ -11,6 +11,7 @@ from typing import Any
 
 import tvm
 from tvm import s_tir, tirx
+from tvm.ir.expr import TensorLoad
 
 _DATA_PARALLEL = 0
 _REDUCTION = 2
@@ -46,22 +47,33 @@ def _schedule_function(function: tirx.PrimFunc, lanes: int) -> tirx.PrimFunc | N
     """The scheduled function, or None where a transformation does not apply."""
     try:
         plan = s_tir.Schedule(function, debug_mask="none", error_render_level="none")
-        _inline_booleans(plan)
+        _inline(plan)
         for block in plan.get_child_blocks(plan.get_sblock("root")):
             _schedule_block(plan, block, lanes)
         return plan.mod["main"].with_attr("tirx.is_scheduled", True)
-    except Exception:  # noqa: BLE001 - a schedule that does not apply raises many kinds
+    except RuntimeError:  # of TVM: it does not apply; what is wrong here is not of that kind
         return None
 
 
-def _inline_booleans(plan: Any) -> None:
-    """Compute conditions where they are used: TVM 0.27 generates no code for vectors of them."""
+def _inline(plan: Any) -> None:
+    """Compute where it is used what costs nothing (copies) and what must not stand alone.
+
+    TVM 0.27 generates no code for vectors of conditions.
+    """
     root = plan.get_sblock("root")
     inner = list(plan.get(root).alloc_buffers)
     for block in plan.get_child_blocks(root):
-        written = plan.get(block).writes[0].buffer
-        if str(written.dtype) == "bool" and any(written.same_as(b) for b in inner):
+        written = plan.get(block).writes[0].source
+        if not any(written.same_as(b) for b in inner):
+            continue
+        if str(written.dtype) == "bool" or _is_copy(plan.get(block)):
             plan.compute_inline(block)
+
+
+def _is_copy(block: Any) -> bool:
+    """Whether each element is one of another tensor."""
+    body = block.body
+    return isinstance(body, tirx.BufferStore) and isinstance(body.value, TensorLoad)
 
 
 def _schedule_block(plan: Any, block: Any, lanes: int) -> None:
@@ -72,6 +84,11 @@ def _schedule_block(plan: Any, block: Any, lanes: int) -> None:
     spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == _DATA_PARALLEL]
     reduction = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == _REDUCTION]
     work = _static_product([plan.get(loop).extent for loop in loops])
+    if spatial and reduction and _adds_neighbours(plan.get(block), loops.index(reduction[-1])):
+        extent = _static(plan.get(reduction[-1]).extent)
+        if extent is not None and extent % lanes == 0 and extent > lanes > 1:
+            _schedule_sum(plan, block, spatial, reduction, lanes)
+            return
     inner = None
     if spatial:
         extent = _static(plan.get(spatial[-1]).extent)
@@ -80,14 +97,50 @@ def _schedule_block(plan: Any, block: Any, lanes: int) -> None:
             spatial[-1] = outer
     if inner is not None and reduction:
         plan.reorder(*spatial, *reduction, inner)
-    if spatial and (work is None or work >= _SMALLEST_PARALLEL):
-        fused = plan.fuse(*spatial) if len(spatial) > 1 else spatial[0]
-        plan.parallel(fused)
+    _parallelize(plan, spatial, work)
     if inner is None:
         return
     plan.vectorize(inner)
     if reduction:
         plan.decompose_reduction(block, reduction[0])
+
+
+def _parallelize(plan: Any, spatial: list[Any], work: int | None) -> None:
+    if spatial and (work is None or work >= _SMALLEST_PARALLEL):
+        plan.parallel(plan.fuse(*spatial) if len(spatial) > 1 else spatial[0])
+
+
+def _adds_neighbours(block: Any, place: int) -> bool:
+    """Whether the iteration at ``place`` goes from neighbour to neighbour in what it indexes."""
+    variable = block.iter_vars[place].var
+    if len(block.writes) > 1:
+        return False
+    for read in block.reads:
+        *outer, last = (r.min for r in read.region)
+        if any(_has(index, variable) for index in outer):
+            return False
+        if _has(last, variable) and not last.same_as(variable):
+            return False
+    return True
+
+
+def _has(index: Any, variable: tirx.Var) -> bool:
+    return any(v.same_as(variable) for v in tirx.analysis.undefined_vars(index))
+
+
+def _schedule_sum(
+    plan: Any, block: Any, spatial: list[Any], reduction: list[Any], lanes: int
+) -> None:
+    """A sum along neighbours becomes one in each lane of a vector, and the sum of these."""
+    _, lane = plan.split(reduction[-1], [None, lanes])
+    parts = plan.rfactor(lane, len(spatial))
+    for each in (parts, block):
+        loops = plan.get_loops(each)
+        outer, inner = loops[: len(spatial)], loops[len(spatial) :]
+        _parallelize(plan, outer, None)
+        if each is parts:
+            plan.vectorize(inner[-1])
+        plan.decompose_reduction(each, inner[0])
 
 
 def _static(extent: Any) -> int | None:
