@@ -17,6 +17,8 @@ _DATA_PARALLEL = 0
 _REDUCTION = 2
 _SMALLEST_PARALLEL = 16384
 """Iterations below which starting threads costs more than it saves."""
+_MANY_TASKS = 64
+"""Iterations of a parallel loop that are enough to share out evenly."""
 
 
 def schedule(lanes: int) -> Any:
@@ -89,20 +91,28 @@ def _schedule_block(plan: Any, block: Any, lanes: int) -> None:
         if extent is not None and extent % lanes == 0 and extent > lanes > 1:
             _schedule_sum(plan, block, spatial, reduction, lanes)
             return
-    inner = None
+    inner = row = None
     if spatial:
         extent = _static(plan.get(spatial[-1]).extent)
         if extent is not None and extent % lanes == 0:
             outer, inner = plan.split(spatial[-1], [None, lanes])
             spatial[-1] = outer
+            if _feeds_cores(plan, spatial[:-1]):
+                row = spatial.pop()  # finding a place by its number costs divisions
     if inner is not None and reduction:
-        plan.reorder(*spatial, *reduction, inner)
+        plan.reorder(*spatial, *([row] if row else []), *reduction, inner)
     _parallelize(plan, spatial, work)
     if inner is None:
         return
     plan.vectorize(inner)
     if reduction:
         plan.decompose_reduction(block, reduction[0])
+
+
+def _feeds_cores(plan: Any, loops: list[Any]) -> bool:
+    """Whether loops alone have tasks for all cores: many, or as many as only the run tells."""
+    count = _static_product([plan.get(loop).extent for loop in loops])
+    return bool(loops) and (count is None or count >= _MANY_TASKS)
 
 
 def _parallelize(plan: Any, spatial: list[Any], work: int | None) -> None:
