@@ -166,14 +166,14 @@ class CaseItem(pytest.Item):
         Raises:
             CaseFailure: it did not pass, or the host ran more of it than it may.
         """
-        from hal.runtime.here import NOT_RUN
+        from hal.conformance import BUILT
 
         cases = self.parent
         assert isinstance(cases, TargetCases)
         outcome = cases.run(self.index)
         for name in ("status", "max_error", "share", "seconds"):
             self.user_properties.append((f"hal_{name}", getattr(outcome, name)))
-        if outcome.status in ("unsupported", NOT_RUN):
+        if outcome.status in ("unsupported", BUILT):
             pytest.skip(outcome.reason)
         problem = problem_of(outcome, self.config.getoption("--hal-share"))
         if problem:

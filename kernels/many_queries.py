@@ -15,17 +15,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T  # noqa: N812
 
+from hal.kernels.attention_plan import Attention
 from hal.kernels.emitting import i64, vector
 from hal.kernels.exponential import COEFFICIENTS, LN2_HIGH, LN2_LOW, LOG2E, LOWEST
 from hal.kernels.vectors import span, spread, vector_lanes
-
-if TYPE_CHECKING:
-    from hal.kernels.cache import Attention
 
 BLOCK = 32
 """Keys that are scored before their values are read."""
@@ -38,7 +36,7 @@ _NONE = -3e38
 
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """Buffers of a kernel, as in :func:`hal.kernels.cache.attention`."""
+    """Buffers of a kernel, of :func:`hal.kernels.cache.attention`."""
 
     q: Any
     keys: Any

@@ -64,8 +64,7 @@ def conformance_command(
     fails after it was claimed; a refusal with a reason is no failure.
     """
     import hal
-    from hal.conformance import FAILURES, fresh_cache, page, run_suite, select, summary
-    from hal.runtime.here import NOT_RUN
+    from hal.conformance import BUILT, FAILURES, fresh_cache, page, run_suite, select, summary
     from hal.targets import foreign, guarded, require_usable, resolve
 
     if html is not None:
@@ -111,7 +110,7 @@ def conformance_command(
             f"{first.status}, {first.reason[:200]}",
             "a target passes when what it claims is right; let it refuse the rest with a reason",
         )
-    absent = [o.reason for o in outcomes if o.status == NOT_RUN]
+    absent = [o.reason for o in outcomes if o.status == BUILT]
     if absent and not figures["passed"]:
         raise CheckFailed(
             f"{name}: {len(absent)} of {len(outcomes)} cases were built and none was run here:"

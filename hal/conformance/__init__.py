@@ -5,6 +5,7 @@ from hal.conformance.model_ops import BoundDim, ModelOps, model_ops
 from hal.conformance.models import ModelCase, further_cases, model_cases
 from hal.conformance.report import page, summary
 from hal.conformance.running import (
+    BUILT,
     FAILURES,
     STATUSES,
     CaseRunner,
@@ -16,6 +17,7 @@ from hal.conformance.running import (
 from hal.conformance.selection import Selection, select
 
 __all__ = [
+    "BUILT",
     "FAILURES",
     "STATUSES",
     "BoundDim",

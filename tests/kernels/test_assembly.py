@@ -22,6 +22,7 @@ from hal.kernels import (
     moe,
 )
 from hal.kernels import cache as cache_kernels
+from hal.kernels.attention_plan import Attention
 from hal.kernels.quantized_layout import Layout, byte_dot
 from hal.targets import resolve
 from tests import cache
@@ -130,7 +131,7 @@ def cached(on: On, bits: int) -> list[str]:
         for name, scales in (("keys", "ks"), ("values", "vs")):
             p[name], p[scales], fixed[name] = cache.quantized(p[name], **settings)
     expected = cache.attend(**fixed, scale=0.25)
-    spec = cache_kernels.Attention(
+    spec = Attention(
         4, 2, 4 * on.chip.lanes, 4 * on.chip.lanes, 0.25, lanes=on.chip.lanes, **settings
     )
     none = np.zeros((1, 1, 1, 1), np.float16)

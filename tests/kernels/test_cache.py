@@ -12,6 +12,7 @@ from tests import cache
 tvm = pytest.importorskip("tvm")
 
 from hal.kernels import cache as kernels  # noqa: E402
+from hal.kernels.attention_plan import Attention  # noqa: E402
 
 TARGET = {"kind": "llvm"}
 
@@ -27,7 +28,7 @@ def device(array: np.ndarray) -> Any:
 def attend(p: dict[str, np.ndarray], shape: tuple[int, ...], **settings: Any) -> np.ndarray:
     scales = p.get("ks", np.zeros((1, 1, 1, 1), np.float16))
     out = device(np.zeros(shape, np.float32))
-    spec = kernels.Attention(heads=4, channels=p["q"].shape[3], scale=0.25, **settings)
+    spec = Attention(heads=4, channels=p["q"].shape[3], scale=0.25, **settings)
     arguments = [p["q"], p["keys"], p["values"], p["table"], p["lengths"]]
     arguments += [scales, p.get("vs", scales)]
     sums = device(np.zeros((1, 1, 1), np.float32))

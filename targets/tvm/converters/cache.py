@@ -10,6 +10,7 @@ import onnx_ir as ir
 from tvm import tirx
 
 from hal.kernels import cache as kernels
+from hal.kernels.attention_plan import Attention
 from hal.targets.tvm.converters.plain_cache import plain_attention
 from hal.targets.tvm.dims import Refused
 from hal.targets.tvm.lowering import Op, Operand
@@ -79,7 +80,7 @@ class _Source:
         scales = [embed(np.zeros((1, 1, 1, 1), np.float16))] * 2
         if bits:
             scales = [op.require(5, _HALF), op.require(6, _HALF)]
-        self.spec = kernels.Attention(
+        self.spec = Attention(
             heads=heads,
             kv_heads=_static(keys, 1, "the heads of a pool"),
             channels=channels,
