@@ -129,16 +129,17 @@ class _Task:
         pages = tirx.floordiv(newest, page) + i64(1)
         with T.serial(tirx.floordiv(oldest, page), pages) as n:
             at = T.Bind(tirx.Cast("int64", self.buffers.table[self.row, n]))
-            with T.serial(i64(0), tirx.floordiv(page + i64(BLOCK - 1), i64(BLOCK))) as k:
-                low = T.Bind(k * i64(BLOCK))
-                high = T.Bind(
-                    tirx.min(tirx.min(low + i64(BLOCK), page), newest + i64(1) - n * page)
-                )
-                visible = tirx.And(low < high, n * page + high > oldest)
-                with T.If(visible), T.Then():
-                    # The first position as the first query sees it: 0 is its own.
-                    place = T.Bind(tirx.Cast("int32", n * page + low - length - self.start))
-                    self._block(at, low, T.Bind(high - low), place)
+            # No condition in these loops: TVM 0.27 takes seconds to bound accesses below one.
+            end = T.Bind(tirx.min(page, newest + i64(1) - n * page))
+            begin = tirx.max(oldest - n * page, i64(0)) if a.window else i64(0)
+            skipped = T.Bind(tirx.floordiv(begin, i64(BLOCK)))
+            last = tirx.floordiv(end + i64(BLOCK - 1), i64(BLOCK))
+            with T.serial(i64(0), last - skipped) as k:
+                low = T.Bind((skipped + k) * i64(BLOCK))
+                count = T.Bind(tirx.min(i64(BLOCK), end - low))
+                # The first position as the first query sees it: 0 is its own.
+                place = T.Bind(tirx.Cast("int32", n * page + low - length - self.start))
+                self._block(at, low, count, place)
         self._finish()
 
     def _begin(self) -> None:
