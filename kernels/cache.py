@@ -26,6 +26,9 @@ BLOCK = 32
 
 _LOWEST = -3e38
 
+_MANY_ROWS = 16
+"""New positions from which writing them is worth starting threads."""
+
 _MANY = 4
 """Queries from which they are taken side by side, where vectors are not longer."""
 
@@ -59,16 +62,26 @@ def write(heads: int, channels: int, dtype: str) -> Any:
         with T.sblock("root"):
             T.reads(update[0:batch, 0:heads, 0:new, 0:channels], table[0:batch, 0:blocks])
             T.writes(pool[0:pages, 0:heads, 0:page, 0:channels])
-            for b in T.serial(batch):
-                for s in T.serial(new):
+            if batch * new < T.int64(_MANY_ROWS):
+                for b in T.serial(batch):
+                    for s in T.serial(new):
+                        for h in T.serial(heads):
+                            for c in T.vectorized(channels):
+                                pool[
+                                    T.Cast("int64", table[b, (lengths[b] + s) // page]),
+                                    h,
+                                    (lengths[b] + s) % page,
+                                    c,
+                                ] = update[b, h, s, c]
+            else:
+                for row in T.parallel(batch * new):
+                    b: T.int64 = row // new
+                    s: T.int64 = row % new
+                    at: T.int64 = T.Cast("int64", table[b, (lengths[b] + s) // page])
+                    slot: T.int64 = (lengths[b] + s) % page
                     for h in T.serial(heads):
                         for c in T.vectorized(channels):
-                            pool[
-                                T.Cast("int64", table[b, (lengths[b] + s) // page]),
-                                h,
-                                (lengths[b] + s) % page,
-                                c,
-                            ] = update[b, h, s, c]
+                            pool[at, h, slot, c] = update[b, h, s, c]
 
     return cache_write
 

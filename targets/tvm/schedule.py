@@ -7,6 +7,7 @@ outside of it. Kernels written by hand (attribute ``tirx.is_scheduled``) stay as
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import tvm
@@ -67,6 +68,9 @@ def _inline(plan: Any) -> None:
     for block in plan.get_child_blocks(root):
         written = plan.get(block).writes[0].source
         if not any(written.same_as(b) for b in inner):
+            if _is_copy(plan.get(block)) and len(plan.get_producers(block)) == 1:
+                with contextlib.suppress(RuntimeError):  # it moves more than places
+                    plan.reverse_compute_inline(block)
             continue
         if str(written.dtype) == "bool" or _is_copy(plan.get(block)):
             plan.compute_inline(block)

@@ -36,9 +36,9 @@ def attend(p: dict[str, np.ndarray], shape: tuple[int, ...], **settings: Any) ->
     return out.numpy()
 
 
-@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("new", [1, 3, 11])
 def test_write_stores_each_position_in_its_page(new: int) -> None:
-    p = cache.problem(new=new)
+    p = cache.problem(new=new)  # of two rows: 11 are enough for threads
     pool = device(p["keys"])
     run = compiled(kernels.write(2, 16, "float32"))
     run(pool, device(p["k"]), device(p["table"]), device(p["lengths"]))

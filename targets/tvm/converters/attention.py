@@ -264,7 +264,21 @@ def rotary_embedding(op: Op) -> Operand:
             return turned
         return tirx.Select(d < rotated, turned, tensor(n, h, t, d))
 
-    y = op.compute(x.shape, body, *operands, dtype=x.dtype)
+    def halves(tensor: Any, c: Any, s: Any, *rest: Any) -> Any:
+        """The same by halves, whose neighbours are neighbours: vectors need no gathering."""
+        *ids, i = rest
+        n, h, t, part, d = i
+        row = [ids[0](n, t).astype("int64")] if ids else [_row(cos, n), t]
+        low = part == 0
+        here, there = (tensor(n, h, t, p * half + d) for p in (part, 1 - part))
+        sign = tirx.Select(low, tirx.const(-1, x.stored), tirx.const(1, x.stored))
+        return here * c(*row, d) + sign * (there * s(*row, d))
+
+    if size == rotated == 2 * half and not interleaved:
+        split = op.compute([*x.shape[:3], 2, half], halves, *operands, dtype=x.dtype)
+        y = reshaped(op, split, x.shape)
+    else:
+        y = op.compute(x.shape, body, *operands, dtype=x.dtype)
     if x_in.rank == 3:
         return reshaped(op, transposed(op, y, [0, 2, 1, 3]), x_in.shape)
     return y
