@@ -74,14 +74,14 @@ def write(heads: int, channels: int, dtype: str) -> Any:
                                     c,
                                 ] = update[b, h, s, c]
             else:
-                for row in T.parallel(batch * new):
-                    b: T.int64 = row // new
-                    s: T.int64 = row % new
-                    at: T.int64 = T.Cast("int64", table[b, (lengths[b] + s) // page])
-                    slot: T.int64 = (lengths[b] + s) % page
+                for task in T.parallel(batch * new):
+                    row: T.int64 = task // new
+                    step: T.int64 = task % new
+                    at: T.int64 = T.Cast("int64", table[row, (lengths[row] + step) // page])
+                    slot: T.int64 = (lengths[row] + step) % page
                     for h in T.serial(heads):
                         for c in T.vectorized(channels):
-                            pool[at, h, slot, c] = update[b, h, s, c]
+                            pool[at, h, slot, c] = update[row, h, step, c]
 
     return cache_write
 
