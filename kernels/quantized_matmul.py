@@ -66,7 +66,7 @@ def tiles_side_by_side(registers: int) -> int:
     256 rows, 32 registers of 512 bits and codes of 4 bits, two tiles of four rows do 740 GOP/s
     where one of eight does 580 (8 bits: 700 and 430; one thread).
     """
-    return next((t for t in (2,) if rows_per_block(registers, t) >= CHAINS), 1)
+    return 2 if rows_per_block(registers, 2) >= 4 else 1
 
 
 def rows_per_block(registers: int, tiles: int = 1) -> int:

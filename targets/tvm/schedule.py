@@ -93,7 +93,7 @@ def _schedule_block(plan: Any, block: Any, lanes: int) -> None:
     if spatial and reduction and _adds_neighbours(plan.get(block), loops.index(reduction[-1])):
         extent = _static(plan.get(reduction[-1]).extent)
         if extent is not None and extent % lanes == 0 and extent > lanes > 1:
-            _schedule_sum(plan, block, spatial, reduction, lanes)
+            _schedule_sum(plan, block, (spatial, reduction), lanes, work)
             return
     inner = row = None
     if spatial:
@@ -143,15 +143,16 @@ def _has(index: Any, variable: tirx.Var) -> bool:
 
 
 def _schedule_sum(
-    plan: Any, block: Any, spatial: list[Any], reduction: list[Any], lanes: int
+    plan: Any, block: Any, nest: tuple[list[Any], list[Any]], lanes: int, work: int | None
 ) -> None:
     """A sum along neighbours becomes one in each lane of a vector, and the sum of these."""
+    spatial, reduction = nest
     _, lane = plan.split(reduction[-1], [None, lanes])
     parts = plan.rfactor(lane, len(spatial))
     for each in (parts, block):
         loops = plan.get_loops(each)
         outer, inner = loops[: len(spatial)], loops[len(spatial) :]
-        _parallelize(plan, outer, None)
+        _parallelize(plan, outer, work)
         if each is parts:
             plan.vectorize(inner[-1])
         plan.decompose_reduction(each, inner[0])

@@ -14,7 +14,7 @@ from hal.ir.evaluate import evaluate
 from hal.ir.inline import infer_types
 from hal.ir.ops import ensure_functions
 from hal.passes.base import Pipeline
-from hal.passes.quantize import METADATA_KEY, Quantize, parse_recipe, parse_setting
+from hal.passes.quantize import METADATA_KEY, Quantize, parse_recipe, parse_setting, rotate
 from hal.passes.quantize.hadamard import Rotation
 from hal.passes.quantize.rotate import Rotate
 from tests.passes.toys import Toy
@@ -139,6 +139,22 @@ def test_results_stay_the_same_and_the_stream_is_another(make: Any) -> None:
     norms = [n for n in changed.nodes() if n.op_type.endswith("Normalization")]
     assert {n.op_type for n in norms} == {"RMSNormalization"}
     assert all(np.all(n.inputs[1].const_value.numpy() == 1) for n in norms)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_turned_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+    def weights() -> dict[str, np.ndarray]:
+        values = turned(llama_like(tied=tied))[0].graph.initializers.values()
+        return {v.name or "": v.const_value.numpy() for v in values if v.const_value is not None}
+
+    monkeypatch.setattr(f"{__name__}.RNG", np.random.default_rng(4))
+    whole = weights()
+    monkeypatch.setattr(f"{__name__}.RNG", np.random.default_rng(4))
+    monkeypatch.setattr(rotate, "_AT_ONCE", 300)  # a few rows of 64, and then some that are fewer
+    parts = weights()
+    assert whole.keys() == parts.keys()
+    for name, right in whole.items():
+        np.testing.assert_allclose(parts[name], right, rtol=1e-6, atol=1e-6)
 
 
 def test_a_channel_that_stands_out_does_so_no_more() -> None:

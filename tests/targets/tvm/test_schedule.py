@@ -55,6 +55,13 @@ def test_a_sum_of_neighbours_is_one_in_each_lane() -> None:
     assert "_rf" in text
 
 
+def test_a_small_sum_starts_no_threads() -> None:
+    x, r = _rows(1, 960), te.reduce_axis((0, 960), name="r")
+    text = _script(x, te.compute((1,), lambda i: te.sum(x(i, r), axis=r)))
+    assert "_rf" in text
+    assert "T.parallel" not in text
+
+
 def test_a_sum_over_what_is_far_apart_is_left_to_its_rows() -> None:
     x, r = _rows(960, 7), te.reduce_axis((0, 960), name="r")
     assert "_rf" not in _script(x, te.compute((7,), lambda i: te.sum(x(r, i), axis=r)))
