@@ -28,7 +28,7 @@ from hal.errors import CheckFailed, HalError, InputError, TargetError
 from hal.ir import Graph
 from hal.ir.cache_plan import CachePlan
 from hal.ir.step import Step, step_of
-from hal.ir.verify import verify as verify_graph
+from hal.ir.verifier import verify as verify_graph
 from hal.ir.weights import write_weights
 from hal.passes import default_pipeline
 from hal.passes.base import Pipeline
@@ -381,7 +381,7 @@ def _verify_one(
 ) -> dict[str, Any]:
     name = target if isinstance(target, str) else target.name
     with Session(bundle, name) as session:
-        figures = verification.verify_session(session, reference)
+        figures = verification.verify_session(session, reference, graph)
 
     def diverges() -> str:
         found = resolve(target) if isinstance(target, str) else target

@@ -44,7 +44,7 @@ class ExportError(ModelError):
 
 
 class GraphError(HalError):
-    """A graph breaks the rules of the IR (see :mod:`hal.ir.verify`)."""
+    """A graph breaks the rules of the IR (see :func:`hal.ir.verify`)."""
 
 
 class TargetError(HalError):

@@ -11,15 +11,17 @@ import abc
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hal.descriptor import Descriptor, Route
 from hal.errors import UnsupportedError
-from hal.ir import Graph
 from hal.ir.step import free_dims, required
-from hal.targets.reading import WeightReads
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from hal.ir import Graph
+    from hal.targets.reading import WeightReads
 
 HAL_API = "1"
 """Version of this contract. A backend that states another is refused with a clear message."""

@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
 from safetensors.numpy import load as load_arrays
 
 from hal.bundle.files import BundleFiles, checked_path
 from hal.bundle.manifest import GRAPH, Manifest, read_manifest
 from hal.errors import BundleError
-from hal.ir import Graph
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from hal.ir import Graph
     from hal.runtime.session import Session
     from hal.runtime.verification import Narrowed
 
@@ -176,6 +177,11 @@ def load_graph(files: BundleFiles) -> Graph:
     Raises:
         BundleError: it cannot be parsed, or a weight lies outside the bundle or past a file's end.
     """
+    # Running a build needs no graph: the libraries for graphs are imported here.
+    import onnx_ir as ir
+
+    from hal.ir import Graph
+
     try:
         model = ir.serde.deserialize_model(_parse(files))
     except BundleError:
@@ -198,6 +204,8 @@ def _parse(files: BundleFiles) -> Any:
 
 
 def _relocated(files: BundleFiles, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+    import onnx_ir as ir
+
     path, start, size = files.locate(str(tensor.location))
     offset, length = tensor.offset or 0, tensor.length or tensor.nbytes
     if offset + length > size:

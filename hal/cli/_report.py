@@ -205,6 +205,11 @@ def output_text(name: str, figure: Mapping[str, Any]) -> str:
     if figure.get("max_error") is None:
         return f"{name} {figure.get('reason', 'differs')}"
     text = f"{name} max error {figure['max_error']:.3g}, mean {figure['mean_error']:.3g}"
+    if "moves" in figure:
+        text += (
+            f" (the reference itself moves by {figure['moves']:.3g} when its first values change in"
+            " their last bits: rounding or choices next to a tie)"
+        )
     if "top1_agreement" in figure:
         text += f", top-1 agreement {100 * figure['top1_agreement']:.1f} %"
     return text

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hal.ir.graph import Graph
+if TYPE_CHECKING:
+    from hal.ir.graph import Graph
 
 PLAN_KEY = "cache_plan"
 """Where the lowering leaves its plan in the graph's metadata."""

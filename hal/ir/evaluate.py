@@ -26,9 +26,10 @@ import onnxruntime as ort
 from hal.errors import GraphError, InputError, did_you_mean
 from hal.ir.graph import Graph
 from hal.ir.inline import function_body, inline_functions
-from hal.ir.ortvalue import Array, as_numpy, from_ort, to_ort
+from hal.ir.ortvalue import Array, as_numpy, from_ort, from_packed, to_ort
 from hal.ir.parts import split
 from hal.ir.small_floats import restate_small_floats
+from hal.ir.weights import as_bytes
 
 _OLDER = 26
 _ONLY_NEW_DTYPES = {
@@ -287,13 +288,11 @@ def _weightless(
             if isinstance(tensor, ir.ExternalTensor):  # the model is run from bytes, without files
                 value.const_value = ir.Tensor(tensor.numpy(), tensor.dtype, name=name)
             continue
-        # Weights of exported modules are often transposed views: laid out once, not in every call.
-        array = np.ascontiguousarray(tensor.numpy())
-        # Numpy has a byte for each code of few bits; the runtime's value has them packed.
-        weights[name] = to_ort(array) if tensor.dtype.bitwidth < _BYTE else array
-        if tensor.dtype.bitwidth < _BYTE and isinstance(tensor, ir.ExternalTensor):
-            del array
-            tensor.release()  # it would keep them, too
+        if tensor.dtype.bitwidth < _BYTE:  # numpy would have a byte for each code of few bits
+            weights[name] = _few_bits(tensor)
+        else:
+            # Weights of exported modules are often transposed views: laid out once, not in each call.
+            weights[name] = np.ascontiguousarray(tensor.numpy())
         value.type = ir.TensorType(tensor.dtype)
         value.shape = ir.Shape(tensor.shape.numpy())
         del model.graph.initializers[name]
@@ -301,6 +300,15 @@ def _weightless(
         if value not in model.graph.inputs:
             model.graph.inputs.append(value)
     return onnx.inliner.inline_local_functions(ir.to_proto(model)), weights
+
+
+def _few_bits(tensor: ir.TensorProtocol) -> ort.OrtValue:
+    """A tensor whose elements have less than a byte, over the packed bytes where they are."""
+    if isinstance(tensor, ir.PackedTensor):
+        packed = np.asarray(tensor.raw).reshape(-1)
+    else:
+        packed = as_bytes(tensor, ir.Shape([tensor.nbytes]), tensor.name or "").numpy()
+    return from_packed(packed, tensor.dtype, tuple(tensor.shape.numpy()))
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

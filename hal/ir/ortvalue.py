@@ -60,8 +60,8 @@ def to_ort(array: Array) -> ort.OrtValue:
     data = np.ascontiguousarray(data) if data.ndim else data
     dtype = ir.DataType.from_numpy(data.dtype)
     if dtype.bitwidth < 8:
-        data = _packed(data, dtype)
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(data, dtype.value)
+        packed = np.frombuffer(ir.Tensor(data, dtype=dtype).tobytes(), np.uint8)
+        return from_packed(packed, dtype, data.shape)
     if data.dtype.isbuiltin == 1:
         return ort.OrtValue.ortvalue_from_numpy(data)
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(data, dtype.value)
@@ -88,15 +88,20 @@ def from_ort(value: ort.OrtValue) -> Any:
     return raw.view(dtype.numpy()).reshape(shape)
 
 
-def _packed(data: np.ndarray, dtype: ir.DataType) -> np.ndarray:
-    """Elements packed as ONNX packs them, in a buffer that still has the logical shape.
+def from_packed(packed: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]) -> ort.OrtValue:
+    """A value over elements of less than a byte as ONNX packs them, uint8, contiguous.
 
-    The runtime takes the element count from the shape and reads only the packed bytes.
+    The runtime takes the element count from the shape and reads only the packed bytes, so the
+    array that it is given reaches beyond them; nothing else may read it.
     """
-    packed = np.frombuffer(ir.Tensor(data, dtype=dtype).tobytes(), np.uint8)
-    buffer = np.zeros(max(data.size, 1), np.uint8)
-    buffer[: packed.size] = packed
-    return buffer[: data.size].view(data.dtype).reshape(data.shape)
+    count = int(np.prod(shape))
+    if not count:
+        empty = np.empty(shape, dtype.numpy())
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(empty, dtype.value)
+    memory = (ctypes.c_uint8 * count).from_address(packed.ctypes.data)
+    memory._owner = packed  # the array keeps the bytes alive
+    data = np.frombuffer(memory, dtype.numpy()).reshape(shape)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(data, dtype.value)
 
 
 def _unpacked(raw: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]) -> np.ndarray:

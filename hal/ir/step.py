@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
 
 from hal.errors import InputError, UnsupportedError, did_you_mean
-from hal.ir.graph import Graph
+
+if TYPE_CHECKING:
+    from hal.ir.graph import Graph
 
 STEP_KEY = "step"
 """Where the lowering leaves a graph's :class:`Step` in its metadata."""
@@ -77,7 +78,7 @@ def free_dims(graph: Graph) -> dict[str, str]:
     found = dict(meanings)
     for value in graph.graph.inputs:
         for dim in value.shape or ():
-            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+            if not isinstance(dim, int) and dim.value is not None:
                 found.setdefault(str(dim.value), "")
     return found
 
@@ -91,7 +92,7 @@ def _meanings(graph: Graph) -> dict[str, str]:
     found = {
         str(dim.value): meaning
         for dim, meaning in zip(source.shape, (BATCH, TOKENS), strict=False)
-        if isinstance(dim, ir.SymbolicDim)
+        if not isinstance(dim, int)
     }
     for value in graph.graph.inputs:
         state = carried.get(value.name or "")

@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from hal.bundle.files import checked_path
 from hal.errors import InputError
-from hal.ir import Graph
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from hal.ir import Graph
     from hal.runtime.session import Session
 
 FORMAT = 1
@@ -215,8 +216,10 @@ def state_digest(graph: Graph) -> str:
     """
 
     def of(tensor: ir.TensorProtocol) -> str:
+        from onnx_ir import ExternalTensor  # states are saved and restored without a graph
+
         digest = hashlib.sha256(f"{tensor.dtype.name} {tensor.shape.numpy()}".encode())
-        if not isinstance(tensor, ir.ExternalTensor):
+        if not isinstance(tensor, ExternalTensor):
             digest.update(tensor.tobytes())
             return digest.hexdigest()
         # Read, not mapped: pages of a mapping would count as this process's memory.

@@ -37,8 +37,9 @@ class Layer:
         kind: ``linear``, ``head`` (its result is the model's), ``embedding``, ``conv`` or
             ``experts``; a weight that is embedding and head at once is a ``head``.
         weight: the initializer.
-        across: True where it is stored ``[in, out]``; False for ``[.., out, in]``. A convolution's
-            is stored ``[out, in, *kernel]``, a transposed one's ``[in, out, *kernel]`` (across).
+        across: True where it is stored ``[.., in, out]``; False for ``[.., out, in]``. A
+            convolution's is stored ``[out, in, *kernel]``, a transposed one's
+            ``[in, out, *kernel]`` (across).
         uses: nodes that read it: ``MatMul``, ``Gather``, ``MixtureOfExperts``, ``Transpose`` or a
             convolution.
         routes: its result decides which of several things is computed.
@@ -56,7 +57,14 @@ class Layer:
         """The weight's extents as ``[.., out, in]``; a convolution's as they are stored."""
         assert self.weight.const_value is not None
         extents = tuple(int(d) for d in self.weight.const_value.shape.numpy())
-        return extents[::-1] if self.across and self.kind != "conv" else extents
+        if self.across and self.kind != "conv":
+            return (*extents[:-2], extents[-1], extents[-2])
+        return extents
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the weight is a matrix for each head: ``x [.., heads, M, in]`` times each its."""
+        return self.kind != "conv" and self.kind != "experts" and len(self.shape) == 3
 
     @property
     def size(self) -> int:
@@ -69,7 +77,8 @@ class Layer:
         if self.kind == "conv":
             rows = np.moveaxis(array, 1, 0) if self.across else array
             return rows.reshape(len(rows), -1)
-        return array.T if self.across else array.reshape(-1, array.shape[-1])
+        rows = np.swapaxes(array, -1, -2) if self.across else array
+        return rows.reshape(-1, rows.shape[-1])
 
     def stored(self, matrix: np.ndarray) -> np.ndarray:
         """The inverse of :meth:`matrix`, contiguous."""
@@ -78,7 +87,7 @@ class Layer:
         if self.kind == "conv":
             first, rows, *kernel = self.shape
             return np.ascontiguousarray(np.moveaxis(matrix.reshape(rows, first, *kernel), 0, 1))
-        return np.ascontiguousarray(matrix.T)
+        return np.ascontiguousarray(np.swapaxes(matrix.reshape(self.shape), -1, -2))
 
     @property
     def products(self) -> tuple[ir.Node, ...]:
@@ -154,6 +163,8 @@ def _role(node: ir.Node, value: ir.Value) -> str | None:
             return None
         return "conv" if node.op_type == "Conv" else "transposed conv"
     rank = len(value.shape) if value.shape is not None else 0
+    if rank == 3 and is_op(node, "MatMul") and node.inputs[1] is value:
+        return "in, out" if _by_heads(node, value) else None
     if rank != 2:
         return None
     if is_op(node, "MatMul") and node.inputs[1] is value and not is_constant(node.inputs[0]):
@@ -169,6 +180,15 @@ def _role(node: ir.Node, value: ir.Value) -> str | None:
         )
         return "out, in" if readers and fits and not node.outputs[0].is_graph_output() else None
     return None
+
+
+def _by_heads(node: ir.Node, value: ir.Value) -> bool:
+    """Whether a product has a matrix of ``value`` for each head of its input, none for several."""
+    x = node.inputs[0]
+    if x is None or is_constant(x) or x.shape is None or value.shape is None or len(x.shape) < 3:
+        return False
+    heads = value.shape[0]
+    return isinstance(heads, int) and x.shape[-3] == heads
 
 
 def _products(node: ir.Node) -> list[ir.Node]:

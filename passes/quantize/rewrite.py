@@ -14,7 +14,8 @@ from hal.passes.quantize.layers import Layer
 def put(graph: Graph, layer: Layer, codes: Codes) -> None:
     """Replace ``layer``'s weight by ``codes`` ``[R, C]``, R being all axes but the last.
 
-    Reads ``MatMul(x, Transpose(DequantizeLinear(codes, scale)))`` afterwards. With activations of
+    Reads ``MatMul(x, Transpose(DequantizeLinear(codes, scale)))`` afterwards, of the last two axes
+    where there is a matrix for each head. With activations of
     8 bits, x goes through ``hal::RoundActivations``; products of one x share it.
     """
     edit = Editor(graph)
@@ -94,9 +95,11 @@ def _stored(edit: Editor, base: str, codes: Codes, shape: tuple[int, ...]) -> ir
 
 
 def _across(edit: Editor, weight: ir.Value) -> ir.Value:
-    result = edit.op("Transpose", [weight], {"perm": [1, 0]})
     assert weight.shape is not None
-    result.type, result.shape = weight.type, ir.Shape(list(reversed(list(weight.shape))))
+    extents = list(weight.shape)
+    order = [*range(len(extents) - 2), len(extents) - 1, len(extents) - 2]
+    result = edit.op("Transpose", [weight], {"perm": order})
+    result.type, result.shape = weight.type, ir.Shape([extents[axis] for axis in order])
     return result
 
 

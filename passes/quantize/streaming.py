@@ -69,8 +69,11 @@ def _second(layer: Layer) -> bool:
 def inputs_of(layer: Layer) -> tuple[ir.Value, ...]:
     """The value that the layer's weight is multiplied with, if it is one of the main graph.
 
-    For experts: their input, and which tokens choose whom.
+    For experts: their input, and which tokens choose whom. None for a matrix for each head, each of
+    which sees inputs of its own.
     """
+    if layer.stacked:
+        return ()
     for node in layer.products:
         if node.graph is layer.weight.graph and node.inputs[0] is not None:
             return (node.inputs[0],)

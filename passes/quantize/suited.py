@@ -39,6 +39,8 @@ def suited(layer: Layer, asked: Setting) -> tuple[Setting | None, str]:
 
 def _not_static(layer: Layer) -> str:
     """Why a layer's activations cannot have static codes, or nothing."""
+    if layer.stacked:
+        return "it is a matrix for each head"
     nodes = heavy_nodes(layer)
     if not nodes or len(nodes) < len(layer.uses):
         return "it is looked up as well" if layer.kind != "experts" else "experts"

@@ -32,7 +32,7 @@ from hal.targets.environments import Environment
 from hal.targets.own_environment import InOwnEnvironment, RouteOptions
 from hal.targets.process import Supervised
 from hal.targets.tvm.backend import TvmBackend, shaping_of
-from hal.targets.tvm.dtypes import STORED_AS, from_storage, to_storage
+from hal.targets.tvm.storage import STORED_AS, from_storage, to_storage
 
 HERE = Path(__file__).parent
 PROGRAM, WEIGHTS = "program", "weights.bin"
@@ -188,7 +188,7 @@ class AotExecutable(Executable):
             stdin.flush()
             found = []
             for _, dtype, shape in self._outputs:
-                stored = np.dtype(STORED_AS[ir.DataType[dtype]])
+                stored = np.dtype(STORED_AS[dtype])
                 size = int(np.prod(shape)) * stored.itemsize
                 received = stdout.read(size)
                 if len(received) != size:
@@ -198,7 +198,7 @@ class AotExecutable(Executable):
 
         results = self._process.exchange("run", self._seconds, talk)
         found = {
-            name: from_storage(array, ir.DataType[dtype])
+            name: from_storage(array, dtype)
             for (name, dtype, _), array in zip(self._outputs, results, strict=True)
         }
         for pool in self._pools:
@@ -262,13 +262,13 @@ def _compile(command: Sequence[str], target: str) -> None:
 def _array(value: ir.Value) -> np.ndarray:
     tensor = value.const_value
     assert tensor is not None
-    return to_storage(np.asarray(tensor.numpy()), tensor.dtype)
+    return to_storage(np.asarray(tensor.numpy()), tensor.dtype.name)
 
 
 def _ports(ports: Sequence[Any], tensors: Sequence[Any]) -> list[list[Any]]:
     """Name, dtype and shape of each."""
     return [
-        [port.name, port.dtype.name, list(tensor.shape)]
+        [port.name, port.dtype, list(tensor.shape)]
         for port, tensor in zip(ports, tensors, strict=True)
     ]
 
@@ -282,4 +282,4 @@ def _sent(inputs: Mapping[str, Any], name: str, dtype: str, shape: list[int]) ->
             f"input {name!r} has shape {list(array.shape)}, the program takes {shape}",
             "compile with other extents: --dim NAME=N",
         )
-    return np.ascontiguousarray(to_storage(array, ir.DataType[dtype])).tobytes()
+    return np.ascontiguousarray(to_storage(array, dtype)).tobytes()

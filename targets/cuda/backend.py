@@ -120,6 +120,8 @@ class CudaBackend(InOwnEnvironment, TvmBackend):
         """
         import tvm
 
+        from hal.targets.tvm.runtime import load_library
+
         options = CudaOptions.of(context.descriptor)
         if why := self.cannot_run(context.descriptor):
             raise TargetError(
@@ -129,7 +131,7 @@ class CudaBackend(InOwnEnvironment, TvmBackend):
         library, device, _ = TvmBackend.open_library(self, record, context)
         path = Path(context.files.extracted(f"{context.folder}/{record['kernels']}"))
         if record["emulated"]:
-            kernels = tvm.runtime.load_module(str(path))
+            kernels = load_library(path)
         else:
             device = tvm.cuda(0)
             kernels = open_kernels(path, options.binary, record["functions"], toolkit(options))

@@ -28,6 +28,7 @@ from onnx_ir.passes import common
 from hal.ir import HAL_DOMAIN
 from hal.ir.small_floats import RESTATED_KEY, restate_small_floats
 from hal.targets.onnxruntime.float_codes import widen_floats
+from hal.targets.onnxruntime.heads import products_by_head
 from hal.targets.onnxruntime.moe import CONTRIB, GATED, Emitter, router_logits, takes_part
 
 STORED_KEY = "hal.stored"
@@ -70,6 +71,7 @@ class Blocks:
 def fuse_quantized(model: ir.Model) -> bool:
     """Rewrite ``model`` in place where a kernel reads the codes; say whether there was one."""
     changed = restate_small_floats(model.graph)
+    changed |= products_by_head(model.graph)
     made = _Made(model.graph)
     for node in list(model.graph):
         if node.op_type == "MatMul" and not node.domain:

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import onnx_ir as ir
-
 from hal.descriptor import Descriptor, Route, TvmRoute
 from hal.errors import (
     HalError,
@@ -22,14 +20,16 @@ from hal.errors import (
     UnsupportedError,
     did_you_mean,
 )
-from hal.ir import Graph
 from hal.ir.cache_plan import in_place
 from hal.targets.backend import Backend, BuildContext, Executable, LoadContext, Probe, Verdict
 from hal.targets.detect import usable_cores
-from hal.targets.reading import WeightReads
 from hal.targets.tvm.target import tvm_route, tvm_target
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from hal.ir import Graph
+    from hal.targets.reading import WeightReads
     from hal.targets.tvm.lower import Lowered
     from hal.targets.tvm.lowering import Shaping
     from hal.targets.tvm.program import Program
@@ -97,6 +97,8 @@ class TvmBackend(Backend):
     def supports(self, node: ir.Node, descriptor: Descriptor) -> Verdict:
         """Claim a node if a dry run of the lowering converts it in its graph."""
         _require_tvm()
+        import onnx_ir as ir
+
         from hal.targets.tvm.lower import check
 
         graph = node.graph
@@ -124,8 +126,8 @@ class TvmBackend(Backend):
         weights = record_weights(lowered.weights, context.folder)
         return {
             "library": LIBRARY,
-            "inputs": [[p.name, p.dtype.name] for p in lowered.inputs],
-            "outputs": [[p.name, p.dtype.name] for p in lowered.outputs],
+            "inputs": [[p.name, p.dtype] for p in lowered.inputs],
+            "outputs": [[p.name, p.dtype] for p in lowered.outputs],
             "in_place": in_place(graph),
             "single": [list(place) for place in lowered.single],
             "weights": [dataclasses.asdict(w) for w in weights],
@@ -155,12 +157,10 @@ class TvmBackend(Backend):
         self, record: Mapping[str, Any], context: LoadContext
     ) -> tuple[Any, Any, bool]:
         """A segment's library, the device that it runs on, and whether that has its own memory."""
-        import tvm
-
-        from hal.targets.tvm.program import load_library
+        from hal.targets.tvm.runtime import cpu, load_library
 
         path = context.files.extracted(f"{context.folder}/{record['library']}")
-        return load_library(Path(path)), tvm.cpu(), False
+        return load_library(Path(path)), cpu(), False
 
     def load(self, record: Mapping[str, Any], context: LoadContext) -> Executable:
         """Load the library and map the weights.
@@ -176,7 +176,7 @@ class TvmBackend(Backend):
         weights = [Weight.from_json(w) for w in record["weights"]]
         tensors, alive = load_weights(weights, context.files, context.folder)
         inputs, outputs = (
-            [Port(name, ir.DataType[dtype]) for name, dtype in record[side]]
+            [Port(name, dtype) for name, dtype in record[side]]
             for side in ("inputs", "outputs")
         )
         try:

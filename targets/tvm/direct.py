@@ -11,15 +11,15 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-import tvm
 
 from hal.ir import OPSET, Graph
 from hal.targets.tvm.compilation import DEFAULT_TARGET, compile_module
-from hal.targets.tvm.dtypes import to_storage
 from hal.targets.tvm.legalize import legalize
 from hal.targets.tvm.lower import lower
 from hal.targets.tvm.lowering import Shaping
 from hal.targets.tvm.program import Program
+from hal.targets.tvm.runtime import tensor as to_tensor
+from hal.targets.tvm.storage import to_storage
 
 
 def compile_model(
@@ -47,9 +47,9 @@ def compile_graph(
     for value in lowered.weights:
         tensor = value.const_value
         assert tensor is not None
-        weights.append(tvm.runtime.tensor(to_storage(tensor.numpy(), tensor.dtype)))
+        weights.append(to_tensor(to_storage(tensor.numpy(), tensor.dtype.name)))
     library = compile_module(lowered.module, target, shaping.lanes)
-    return Program(library, lowered.inputs, lowered.outputs, weights)
+    return Program(library.jit(), lowered.inputs, lowered.outputs, weights)
 
 
 def _at_opset(proto: onnx.ModelProto) -> onnx.ModelProto:

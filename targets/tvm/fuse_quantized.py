@@ -1,10 +1,10 @@
 """Products with quantized weights become ops that have kernels, with the weights packed for them.
 
 ``MatMul([RoundActivations](x), Transpose(DequantizeLinear(codes, scale, zero)))`` with constant
-codes turns into ``hal.tvm::QuantizedMatMul(x, packed)``, and ``Gather`` of such a table into
-``hal.tvm::QuantizedGather``, which reads the codes as the bundle stores them; a mixture of experts
-with such weights becomes ``hal.tvm::QuantizedMixtureOfExperts``. What fits none of them stays as it
-is. The packed bytes are made when the build writes its weights, one tensor at a time.
+codes turns into ``hal.tvm::QuantizedMatMul(x, packed)``, with a matrix for each head into
+``hal.tvm::QuantizedHeadMatMul``, and ``Gather`` of such a table into ``hal.tvm::QuantizedGather``,
+which reads the codes as the bundle stores them; a mixture of experts with such weights becomes
+``hal.tvm::QuantizedMixtureOfExperts``. What fits none of them stays as it is. The packed bytes are made when the build writes its weights, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from hal.targets.tvm.quantized_codes import (
     Codes,
     attribute,
     dequantized,
+    heads_of,
     stacked,
     tensor_of,
     weights_of,
 )
 
 MATMUL = "QuantizedMatMul"
+HEADS = "QuantizedHeadMatMul"
 GATHER = "QuantizedGather"
 EXPERTS = "QuantizedMixtureOfExperts"
 
@@ -108,6 +110,9 @@ class _Rewrite:
         x = self._picked_first(x) if x is not None else None
         if x is None or w is None or x.shape is None or x.dtype is not _D.FLOAT or not len(x.shape):
             return
+        if (found := heads_of(w)) is not None and node.op_type == "MatMul":
+            self._by_heads(node, x, *found)
+            return
         turned = node.op_type == "Gemm" and attribute(node, "transB", 0) == 1
         weights = weights_of(w, turned)
         if weights is None or not _plain_gemm(node):
@@ -118,6 +123,30 @@ class _Rewrite:
         if layout is None or source is None:
             return
         self._products.append(_Product(node, source, weights, layout, block, bits))
+
+    def _by_heads(self, node: ir.Node, x: ir.Value, weights: Codes, heads: int) -> None:
+        """A product with a matrix for each head of ``x [.., heads, M, k]``."""
+        if x.shape is None or len(x.shape) < 3 or x.shape[-3] != heads:
+            return
+        block, bits = _rounding(x)
+        one = dataclasses.replace(weights, n=weights.n // heads)
+        layout = self._layout(one, block)
+        source = x.producer().inputs[0] if block else x  # type: ignore[union-attr]
+        if layout is None or source is None:
+            return
+        fused = ir.Node(
+            DOMAIN,
+            HEADS,
+            [source, self._pack_stacked(weights, layout, heads)],
+            [
+                *_attributes(layout),
+                ir.AttrInt64("heads", heads),
+                ir.AttrInt64("block", block),
+                ir.AttrInt64("round_bits", bits),
+            ],
+            name=node.name,
+        )
+        self._replace(node, fused, [v for v in node.inputs if v is not None])
 
     def _picked_first(self, x: ir.Value) -> ir.Value:
         """Rows that are rounded and then picked are picked first: each is rounded by itself."""
@@ -229,7 +258,7 @@ class _Rewrite:
         count = int(tensor_of(weights[0].codes).shape[0])  # type: ignore[union-attr, arg-type]
         layouts = [self._expert_layout(codes, count) for codes in weights if codes is not None]
         packed = [
-            self._pack_experts(codes, layout, count)
+            self._pack_stacked(codes, layout, count)
             for codes, layout in zip(weights, layouts, strict=True)
             if codes is not None
         ]
@@ -248,13 +277,13 @@ class _Rewrite:
             zeros=not codes.symmetric, floats=codes.floats,
         )  # fmt: skip
 
-    def _pack_experts(self, codes: Codes, layout: Layout, count: int) -> ir.Value:
-        """The matrices of all experts, each packed by itself, one after the other."""
+    def _pack_stacked(self, codes: Codes, layout: Layout, count: int) -> ir.Value:
+        """The matrices of all experts or heads, each packed by itself, one after the other."""
         key = (layout, codes.codes, codes.scale)
         if key not in self._packed:
             name = f"{codes.codes.name}.packed"
             tensor = ir.LazyTensor(
-                lambda: ir.Tensor(_packed_experts(codes, layout, count)),
+                lambda: ir.Tensor(_packed_stacked(codes, layout, count)),
                 dtype=_D.UINT8,
                 shape=ir.Shape([count * layout.bytes]),
                 name=name,
@@ -346,7 +375,7 @@ def _packed(weights: Codes, layout: Layout) -> np.ndarray:
     return pack(layout, weights.matrix(), scales, zeros)
 
 
-def _packed_experts(weights: Codes, layout: Layout, count: int) -> np.ndarray:
+def _packed_stacked(weights: Codes, layout: Layout, count: int) -> np.ndarray:
     matrix, scales, zeros = (
         weights.matrix(),
         weights.scales(layout.group),

@@ -140,8 +140,8 @@ class _Walk:
         kept = {v: f for v, f in module.functions_items() if v.name_hint != without}
         return Lowered(
             tvm.IRModule(kept, attrs=module.attrs) if without else module,
-            tuple(Port(v.name or "", _dtype(v)) for v in self._inputs),
-            tuple(Port(v.name or "", self._context.operand(v).dtype) for v in self._graph.outputs),
+            tuple(Port(v.name or "", _dtype(v).name) for v in self._inputs),
+            tuple(Port(v.name or "", self._context.operand(v).dtype.name) for v in self._graph.outputs),
             tuple(self._weights),
         )
 

@@ -20,7 +20,8 @@ from tvm import relax, te, tirx
 
 from hal.kernels.quantized_layout import Dot
 from hal.targets.tvm.dims import Dim, Refused, Symbols, as_int
-from hal.targets.tvm.dtypes import STORED_AS, plain, to_storage
+from hal.targets.tvm.dtypes import STORED_AS, plain
+from hal.targets.tvm.storage import to_storage
 
 EMBED_BYTES = 1024
 """Constants up to this size are part of the program; larger ones are passed as parameters."""
@@ -104,7 +105,7 @@ class Lowering:
             content = np.empty(array.shape, object)
             content[...] = array.tolist() if array.ndim else array.item()
             return Operand(dtype, array.shape, None, content)
-        return Operand(dtype, array.shape, _constant(to_storage(array, dtype)), None)
+        return Operand(dtype, array.shape, _constant(to_storage(array, dtype.name)), None)
 
     def from_content(self, content: np.ndarray, dtype: ir.DataType) -> Operand:
         """An integer tensor whose elements are known."""

@@ -1,21 +1,18 @@
-"""A loaded program that takes and gives NumPy arrays; TVM's small runtime is enough for it."""
+"""A loaded program that takes and gives NumPy arrays."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import tvm
-from tvm.runtime.vm import VirtualMachine
 
 from hal.errors import InputError
 from hal.targets.detect import usable_cores
-from hal.targets.tvm.dtypes import STORED_AS, from_storage, to_storage
+from hal.targets.tvm import runtime
+from hal.targets.tvm.storage import from_storage, to_storage
 from hal.targets.tvm.weights import ALIGNMENT, shared_tensor
 
 STEP = "step"
@@ -24,15 +21,10 @@ STEP = "step"
 
 @dataclasses.dataclass(frozen=True)
 class Port:
-    """An input or output of the program: its name and ONNX dtype."""
+    """An input or output of the program: its name, and that of its ONNX dtype."""
 
     name: str
-    dtype: ir.DataType
-
-
-def load_library(path: Path) -> Any:
-    """Load what :func:`hal.targets.tvm.compilation.export` wrote."""
-    return tvm.runtime.load_module(str(path))
+    dtype: str
 
 
 _LIMITED = any(name in os.environ for name in ("TVM_NUM_THREADS", "OMP_NUM_THREADS"))
@@ -49,7 +41,7 @@ def use_threads(count: int | None) -> None:
         return
     cores = usable_cores()
     os.environ["TVM_NUM_THREADS"] = str(max(count or cores, cores))
-    tvm.get_global_func("runtime.config_threadpool")(1, count or cores)
+    runtime.global_function("runtime.config_threadpool")(1, count or cores)
 
 
 class Program:
@@ -64,28 +56,28 @@ class Program:
         library: Any,
         inputs: Sequence[Port],
         outputs: Sequence[Port],
-        weights: Sequence[tvm.runtime.Tensor],
+        weights: Sequence[runtime.Tensor],
         alive: Any = None,
         in_place: Mapping[str, str] | None = None,
         single: Sequence[tuple[str, int]] = (),
         device: Any = None,
         own_memory: bool = False,
     ) -> None:
-        self._device, self._own_memory = device or tvm.cpu(), own_memory
-        self._machine = VirtualMachine(library, self._device)
+        self._device, self._own_memory = device or runtime.cpu(), own_memory
+        self._machine = runtime.virtual_machine(library, self._device)
         self._main = self._machine["main"]
         self._step = self._machine[STEP] if single else self._main
         self._single = tuple(single)
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         if self._own_memory:
-            weights, alive = [tvm.runtime.tensor(w.numpy(), self._device) for w in weights], None
+            weights, alive = [runtime.tensor(runtime.to_numpy(w), self._device) for w in weights], None
         self._weights = list(weights)
         self._alive = alive
         self._in_place = dict(in_place or {})
         self._pools = set(self._in_place.values())
         self._made = [(i, p) for i, p in enumerate(outputs) if p.name not in self._in_place]
-        self._views: dict[str, tuple[np.ndarray, tvm.runtime.Tensor]] = {}
+        self._views: dict[str, tuple[np.ndarray, runtime.Tensor]] = {}
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run once; outputs by name.
@@ -99,16 +91,13 @@ class Program:
                 arguments.append(self._pool(port.name, inputs[port.name]))
                 continue
             array = to_storage(np.asarray(inputs[port.name]), port.dtype)
-            if array.dtype.name != STORED_AS[port.dtype]:
-                array = array.astype(STORED_AS[port.dtype])
-            whole = np.ascontiguousarray(array).reshape(array.shape)
-            arguments.append(tvm.runtime.tensor(whole, self._device))
+            arguments.append(runtime.tensor(array, self._device))
         try:
             one = all(inputs[name].shape[axis] == 1 for name, axis in self._single)
             results = (self._step if one else self._main)(*arguments, *self._weights)
         except (ValueError, TypeError, RuntimeError) as error:
             shapes = ", ".join(
-                f"{p.name} {a.shape}" for p, a in zip(self.inputs, arguments, strict=True)
+                f"{p.name} {tuple(a.shape)}" for p, a in zip(self.inputs, arguments, strict=True)
             )
             raise InputError(
                 f"the inputs do not fit the program: {shapes}: {str(error).splitlines()[-1]}",
@@ -117,19 +106,19 @@ class Program:
         if self._own_memory:
             for port, argument in zip(self.inputs, arguments, strict=True):
                 if port.name in self._pools:
-                    np.copyto(inputs[port.name], argument.numpy())
+                    np.copyto(inputs[port.name], runtime.to_numpy(argument))
         found = {name: inputs[pool] for name, pool in self._in_place.items()}
         for index, port in self._made:
-            found[port.name] = from_storage(results[index].numpy(), port.dtype)
+            found[port.name] = from_storage(runtime.to_numpy(results[index]), port.dtype)
         return found
 
-    def _pool(self, name: str, pool: np.ndarray) -> tvm.runtime.Tensor:
+    def _pool(self, name: str, pool: np.ndarray) -> runtime.Tensor:
         """A pool as the program can write it: over the same memory, or a copy on the device."""
         if self._own_memory:
-            return tvm.runtime.tensor(pool, self._device)
+            return runtime.tensor(pool, self._device)
         return self._shared(name, pool)
 
-    def _shared(self, name: str, pool: np.ndarray) -> tvm.runtime.Tensor:
+    def _shared(self, name: str, pool: np.ndarray) -> runtime.Tensor:
         """A pool as a tensor over the same memory, which the program writes.
 
         A pool stays the same array from step to step until it grows.

@@ -139,6 +139,50 @@ def weights_of(value: ir.Value, turned: bool) -> Codes | None:
 
 def dequantized(value: ir.Value, flipped: bool = False) -> Codes | None:
     """The constant that ``value`` dequantizes, as rows ``[n, k]``; columns if ``flipped``."""
+    found = _constants(value, 2)
+    if found is None:
+        return None
+    node, whole = found
+    n, k = (whole.k, whole.n) if flipped else (whole.n, whole.k)
+    group = _group(node, tensor_of(whole.scale).shape.numpy(), (n, k), flipped)
+    if group is None:
+        return None
+    codes = dataclasses.replace(whole, n=n, k=k, group=group, flipped=flipped)
+    return codes if _half(codes) else None
+
+
+def stacked(value: ir.Value) -> Codes | None:
+    """The constant matrices ``[count, rows, k]`` that ``value`` dequantizes, as ``count * rows``.
+
+    None for codes that have no scales in blocks along ``k``.
+    """
+    found = _constants(value, 3)
+    if found is None:
+        return None
+    node, whole = found
+    block = attribute(node, "block_size", 0)
+    if not block or attribute(node, "axis", 1) % 3 != 2:
+        return None
+    count, rows, groups = tensor_of(whole.scale).shape.numpy()
+    if (count * rows, groups) != (whole.n, -(-whole.k // block)):
+        return None
+    codes = dataclasses.replace(whole, group=min(block, whole.k), stacked=True)
+    return codes if _half(codes) else None
+
+
+def heads_of(value: ir.Value) -> tuple[Codes, int] | None:
+    """Quantized weights of a product with a matrix ``[k, n]`` for each head, and how many."""
+    node = value.producer()
+    if node is None or node.op_type != "Transpose" or node.inputs[0] is None:
+        return None
+    codes = stacked(node.inputs[0])
+    if codes is None or tuple(node.attributes["perm"].as_ints()) != (0, 2, 1):
+        return None
+    return codes, int(tensor_of(codes.codes).shape[0])  # type: ignore[call-overload]
+
+
+def _constants(value: ir.Value, rank: int) -> tuple[ir.Node, Codes] | None:
+    """The ``DequantizeLinear`` of constants of ``rank`` axes, and those as rows ``[n, k]``."""
     node = value.producer()
     if node is None or node.op_type != "DequantizeLinear" or node.domain not in ("", "ai.onnx"):
         return None
@@ -157,42 +201,11 @@ def dequantized(value: ir.Value, flipped: bool = False) -> Codes | None:
     if value.dtype is not _D.FLOAT or bits is None or (dtype in _FLOATS and zero is not None):
         return None
     shape = [int(d) for d in tensor_of(codes).shape.numpy()]
-    if len(shape) != 2 or min(shape) == 0:
+    if len(shape) != rank or min(shape) == 0:
         return None
-    if planes:
-        shape[1] = shape[1] // 3 * 8
-    n, k = reversed(shape) if flipped else shape
-    group = _group(node, tensor_of(scale).shape.numpy(), (n, k), flipped)
-    if group is None:
-        return None
-    found = Codes(codes, scale, zero, n, k, bits, group, flipped, planes, signed)
-    return found if _half(found) else None
-
-
-def stacked(value: ir.Value) -> Codes | None:
-    """The constant matrices ``[count, rows, k]`` that ``value`` dequantizes, as ``count * rows``.
-
-    None for other codes than whole numbers and floats in blocks along ``k``.
-    """
-    node = value.producer()
-    if node is None or node.op_type != "DequantizeLinear" or node.domain not in ("", "ai.onnx"):
-        return None
-    codes, scale, zero, *_ = (*node.inputs, None)
-    if codes is None or scale is None or not all(_constant(v) for v in (codes, scale, zero) if v):
-        return None
-    dtype, block = tensor_of(codes).dtype, attribute(node, "block_size", 0)
-    bits = (_BITS | _FLOATS).get(dtype)
-    shape = [int(d) for d in tensor_of(codes).shape.numpy()]
-    if len(shape) != 3 or min(shape) == 0 or bits is None or value.dtype is not _D.FLOAT:
-        return None
-    count, rows, k = shape
-    if not block or attribute(node, "axis", 1) % 3 != 2 or (dtype in _FLOATS and zero is not None):
-        return None
-    if tuple(tensor_of(scale).shape.numpy()) != (count, rows, -(-k // block)):
-        return None
-    group = min(block, k)
-    found = Codes(codes, scale, zero, count * rows, k, bits, group, stacked=True)
-    return found if _half(found) else None
+    k = shape[-1] // 3 * 8 if planes else shape[-1]
+    n = math.prod(shape[:-1])
+    return node, Codes(codes, scale, zero, n, k, bits, 0, planes=planes, signed=signed)
 
 
 def _group(node: ir.Node, scale: Sequence[int], size: tuple[int, int], flipped: bool) -> int | None:
@@ -246,6 +259,7 @@ __all__ = [
     "Codes",
     "attribute",
     "dequantized",
+    "heads_of",
     "stacked",
     "tensor_of",
     "unpacked_planes",

@@ -10,15 +10,16 @@ import ctypes
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ml_dtypes  # noqa: F401 - registers the names of small dtypes with NumPy
 import numpy as np
-import onnx_ir as ir
-import tvm
 
 from hal.targets.backend import WeightStore
-from hal.targets.tvm.dtypes import BITS, SMALL_FLOATS, STORED_AS
+from hal.targets.tvm import runtime
+from hal.targets.tvm.storage import PACKED_BITS, SMALL_FLOATS, STORED_AS
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 ALIGNMENT = 64
 OWN_FILE = "weights.bin"
@@ -46,6 +47,8 @@ class Weight:
 
 def record_weights(values: Sequence[ir.Value], folder: Path) -> list[Weight]:
     """Describe the weights; those without a file are written to :data:`OWN_FILE`."""
+    from onnx_ir import ExternalTensor  # loading weights needs no graph
+
     weights: list[Weight] = []
     position = 0
     path = folder / OWN_FILE
@@ -55,7 +58,7 @@ def record_weights(values: Sequence[ir.Value], folder: Path) -> list[Weight]:
             tensor = value.const_value
             assert tensor is not None
             shape = tuple(int(d) for d in tensor.shape.numpy())
-            if isinstance(tensor, ir.ExternalTensor):
+            if isinstance(tensor, ExternalTensor):
                 length = tensor.length if tensor.length is not None else tensor.nbytes
                 offset = tensor.offset or 0
                 weights.append(
@@ -77,7 +80,7 @@ def record_weights(values: Sequence[ir.Value], folder: Path) -> list[Weight]:
 
 def load_weights(
     weights: Sequence[Weight], files: WeightStore, folder: str
-) -> tuple[list[tvm.runtime.Tensor], list[Any]]:
+) -> tuple[list[runtime.Tensor], list[Any]]:
     """Tensors of all weights, and what must stay alive as long as they are used."""
     maps: dict[str, memoryview] = {}
     tensors = []
@@ -86,19 +89,19 @@ def load_weights(
         if location not in maps:
             maps[location] = files.mapped(location)
         data = maps[location][weight.offset : weight.offset + weight.length]
-        tensors.append(_tensor(data, ir.DataType[weight.dtype], weight.shape))
+        tensors.append(_tensor(data, weight.dtype, weight.shape))
     return tensors, [*maps.values()]
 
 
-def _tensor(data: memoryview, dtype: ir.DataType, shape: tuple[int, ...]) -> tvm.runtime.Tensor:
+def _tensor(data: memoryview, dtype: str, shape: tuple[int, ...]) -> runtime.Tensor:
     raw = np.frombuffer(data, np.uint8)
-    if dtype in BITS or dtype is ir.DataType.FLOAT4E2M1:
-        return tvm.runtime.tensor(_unpacked(raw, dtype, shape))
+    if dtype in PACKED_BITS:
+        return runtime.tensor(_unpacked(raw, dtype, shape))
     stored = "uint8" if dtype in SMALL_FLOATS else STORED_AS[dtype]
     return shared_tensor(raw, stored, shape)
 
 
-def shared_tensor(raw: np.ndarray, stored: str, shape: tuple[int, ...]) -> tvm.runtime.Tensor:
+def shared_tensor(raw: np.ndarray, stored: str, shape: tuple[int, ...]) -> runtime.Tensor:
     """A tensor over the bytes ``raw`` where they are aligned, over a copy otherwise.
 
     The caller keeps the memory alive, and nothing writes to it: it may be a read-only mapping.
@@ -109,18 +112,14 @@ def shared_tensor(raw: np.ndarray, stored: str, shape: tuple[int, ...]) -> tvm.r
             np.dtype(f"u{np.dtype(stored).itemsize}") if stored == "bfloat16" else np.dtype(stored)
         )
         # DLPack refuses read-only arrays; a view by address has no such flag.
-        view = np.frombuffer(
-            memoryview((ctypes.c_char * raw.nbytes).from_address(address)), carrier
-        )
-        tensor = tvm.runtime.from_dlpack(view.reshape(shape))
-        return tensor._create_view(shape, "bfloat16") if stored == "bfloat16" else tensor
-    array = np.frombuffer(raw.tobytes(), np.dtype(stored)).reshape(shape)
-    return tvm.runtime.tensor(array)
+        memory = memoryview((ctypes.c_char * raw.nbytes).from_address(address))
+        return runtime.view(np.frombuffer(memory, carrier).reshape(shape), stored, shape)
+    return runtime.tensor(np.frombuffer(raw.tobytes(), np.dtype(stored)).reshape(shape))
 
 
-def _unpacked(raw: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]) -> np.ndarray:
+def _unpacked(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     """Elements of a packed tensor, one to a byte in the storage dtype (first in the low bits)."""
-    bits = 4 if dtype is ir.DataType.FLOAT4E2M1 else BITS[dtype]
+    bits = PACKED_BITS[dtype]
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes = ((raw[:, None] >> shifts) & ((1 << bits) - 1)).reshape(-1)
     codes = codes[: int(np.prod(shape))].reshape(shape)

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from hal import GraphError, InputError
 from hal.ir.evaluate import Evaluator, evaluate
-from hal.ir.ortvalue import from_ort, to_ort
+from hal.ir.ortvalue import from_ort, from_packed, to_ort
 from tests.graphs import graph_of, mlp, value
 
 
@@ -97,3 +98,15 @@ def test_views_share_memory_with_the_runtime() -> None:
 def test_strings_cannot_be_wrapped() -> None:
     with pytest.raises(TypeError, match="cannot be wrapped"):
         to_ort(np.array(["a"], object))
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.UINT2])
+def test_packed_codes_are_taken_where_they_are(dtype: ir.DataType) -> None:
+    # An odd number of elements, in bytes that are followed by others.
+    low, high = (-8, 8) if dtype is ir.DataType.INT4 else (0, 1 << dtype.bitwidth)
+    codes = np.random.default_rng(0).integers(low, high, (5, 7)).astype(dtype.numpy())
+    whole = np.frombuffer(ir.Tensor(codes, dtype).tobytes() + b"\xff" * 64, np.uint8)
+    packed = whole[: -(-35 * dtype.bitwidth // 8)]
+    value = from_packed(packed, dtype, (5, 7))
+    assert value.data_ptr() == packed.ctypes.data
+    np.testing.assert_array_equal(from_ort(value), codes)

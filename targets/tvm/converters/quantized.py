@@ -13,13 +13,14 @@ from tvm import tirx
 
 from hal.kernels import moe
 from hal.kernels.expert_products import expert_products
+from hal.kernels.head_products import head_products
 from hal.kernels.prepare_activations import prepare
 from hal.kernels.quantized_layout import Layout
 from hal.kernels.quantized_matmul import matmul as kernel
 from hal.targets.tvm.converters.index import wrapped
 from hal.targets.tvm.converters.shape import reshaped
 from hal.targets.tvm.dims import Dim, Refused, product
-from hal.targets.tvm.fuse_quantized import EXPERTS, GATHER, MATMUL
+from hal.targets.tvm.fuse_quantized import EXPERTS, GATHER, HEADS, MATMUL
 from hal.targets.tvm.lowering import Op, Operand
 
 _FLOAT = frozenset({ir.DataType.FLOAT})
@@ -40,6 +41,25 @@ def matmul(op: Op) -> Operand:
     code = kernel(layout, shaping.registers, shaping.dot if layout.integer else None)
     outputs = [([rows, layout.padded_n], "float32")]
     (result,) = op.context.call_kernel(code, [packed, *prepared], outputs, "quantized_matmul")
+    if layout.padded_n != layout.n:
+        result = op.compute([rows, layout.n], lambda v, i: v(*i), result)
+    return reshaped(op, result, [*x.shape[:-1], layout.n])
+
+
+def head_matmul(op: Op) -> Operand:
+    """``hal.tvm::QuantizedHeadMatMul(x [.., heads, M, k], packed)``: each head's rows times its."""
+    x, packed, layout = op.input(0), op.input(1), _layout(op)
+    heads, shaping = op.attribute("heads"), op.context.shaping
+    rows = op.symbols.simplify(product(x.shape[:-1]))
+    prepared = _prepared(op, x, layout, rows)
+    batch = op.symbols.simplify(product(x.shape[:-3]))
+    whole = reshaped(op, x, [batch, heads, x.shape[-2], layout.k])
+    code = head_products(
+        layout, heads, shaping.registers, shaping.dot if layout.integer else None
+    )
+    outputs = [([rows, layout.padded_n], "float32")]
+    operands = [packed, whole, *prepared]
+    (result,) = op.context.call_kernel(code, operands, outputs, "head_products")
     if layout.padded_n != layout.n:
         result = op.compute([rows, layout.n], lambda v, i: v(*i), result)
     return reshaped(op, result, [*x.shape[:-1], layout.n])
@@ -158,5 +178,6 @@ CONVERTERS: dict[str, Callable[[Op], Any]] = {
     MATMUL: matmul,
     GATHER: gather,
     EXPERTS: mixture_of_experts,
+    HEADS: head_matmul,
 }
 """Converters of the backend's own ops by op type."""

@@ -10,7 +10,14 @@ from hal import InputError, ModelError
 from hal.ir import Graph
 from hal.ir.evaluate import evaluate
 from hal.passes.base import Pipeline
-from hal.passes.quantize import METADATA_KEY, Quantize, find_layers, parse_recipe, parse_setting
+from hal.passes.quantize import (
+    METADATA_KEY,
+    Calibration,
+    Quantize,
+    find_layers,
+    parse_recipe,
+    parse_setting,
+)
 from tests.passes.quantize.toy import language_model
 from tests.passes.toys import Toy
 
@@ -128,3 +135,44 @@ def test_infinite_weights_are_named(value: float) -> None:
 def test_methods_that_need_data_say_so() -> None:
     with pytest.raises(InputError, match="calibration"):
         quantized(language_model(), "w4a16:gptq")
+
+
+def heads(of_input: int = 4) -> Graph:
+    """A product with a matrix for each of four heads, of as many inputs or of one for all."""
+    toy = Toy()
+    x = toy.add_input("x", ["batch", of_input, "sequence", 96], "FLOAT")
+    weight = toy.weight(4, 96, 48)
+    weight.name = "maps"
+    toy.output(toy("MatMul", x, weight), "y")
+    return toy.graph()
+
+
+def test_a_matrix_for_each_head_is_a_layer() -> None:
+    (layer,) = find_layers(heads())
+    assert (layer.name, layer.stacked, layer.shape) == ("maps", True, (4, 48, 96))
+    assert layer.weight.const_value is not None
+    stored = layer.weight.const_value.numpy()
+    rows = layer.matrix(stored)
+    np.testing.assert_array_equal(rows.reshape(4, 48, 96)[1, 2], stored[1, :, 2])
+    np.testing.assert_array_equal(layer.stored(rows), stored)
+    assert not find_layers(heads(of_input=1))  # they would share inputs
+
+
+@pytest.mark.parametrize(
+    ("recipe", "worst"), [("w8a8", 0.02), ("w4a16-channel", 0.2), ("w4a8", 0.15), ("w3a16", 0.3)]
+)
+def test_matrices_of_heads_have_every_format(recipe: str, worst: float) -> None:
+    graph = heads()
+    changed = quantized(graph, recipe)
+    given = {"x": np.random.default_rng(0).standard_normal((2, 4, 5, 96)).astype(np.float32)}
+    right, found = evaluate(graph, given)["y"], evaluate(changed, given)["y"]
+    assert 0 < float(np.linalg.norm(found - right) / np.linalg.norm(right)) < worst
+
+
+def test_methods_that_look_at_data_leave_matrices_of_heads_to_rounding() -> None:
+    graph = heads()
+    sample = np.random.default_rng(0).standard_normal((2, 4, 5, 96)).astype(np.float32)
+    step = Quantize(parse_recipe("w4a16:gptq"), calibration=Calibration([{"x": sample}]))
+    changed = Pipeline("test", (step,)).run(graph)[0]
+    (layer,) = changed.metadata[METADATA_KEY]["layers"]
+    assert layer["method"] == "rtn"

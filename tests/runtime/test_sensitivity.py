@@ -1,0 +1,56 @@
+"""How far the reference itself moves, and what verification makes of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from hal.ir import Graph
+from hal.ir.evaluate import evaluate
+from hal.runtime.sensitivity import disturbed, movement
+from tests.passes.toys import Toy
+
+
+def looked_up(*, chosen: bool) -> Graph:
+    """Rows of a table whose largest element, of two that are all but equal, picks the result."""
+    toy = Toy()
+    ids = toy.add_input("ids", ["n"], "INT64")
+    table = np.array([[1.0, 1.0 + 1e-7, 0.0, 0.0]], np.float32)
+    x = toy("Gather", toy.constant(table), ids)
+    if chosen:
+        index = toy("ArgMax", x, axis=-1, keepdims=0)
+        x = toy("Gather", toy.constant(np.array([[3.0], [5.0], [0.0], [0.0]], np.float32)), index)
+    toy.output(toy("Mul", x, np.float32(2)), "y")
+    return toy.graph()
+
+
+def runs(graph: Graph) -> list[dict[str, np.ndarray]]:
+    return [evaluate(graph, {"ids": np.zeros(2, np.int64)})]
+
+
+def test_a_choice_next_to_a_tie_moves_the_result() -> None:
+    graph = looked_up(chosen=True)
+    assert movement(graph, runs, runs(graph)) == {"y": pytest.approx(4.0, rel=1e-4)}
+
+
+def test_a_graph_without_jumps_is_not_looked_at() -> None:
+    graph = looked_up(chosen=False)
+    assert movement(graph, runs, runs(graph)) == {}
+
+
+def test_noise_is_in_the_last_bits_and_in_the_first_floats_alone() -> None:
+    graph = looked_up(chosen=False)
+    changed = disturbed(graph, 0)
+    assert [n.op_type for n in changed.graph] == ["Gather", "Mul", "Mul"]
+    before, after = runs(graph)[0]["y"], runs(changed)[0]["y"]
+    assert not np.array_equal(before, after)
+    np.testing.assert_allclose(after, before, rtol=1e-5)
+
+
+def test_float_inputs_have_noise() -> None:
+    toy = Toy(x=["n", 4])
+    toy.output(toy("TopK", toy.x, np.array([1]), outputs=2)[0], "y")
+    changed = disturbed(toy.graph(), 1)
+    assert [n.op_type for n in changed.graph] == ["Mul", "TopK"]
+    assert changed.graph[1].inputs[0].dtype is ir.DataType.FLOAT  # type: ignore[union-attr]
