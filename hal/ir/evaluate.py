@@ -291,7 +291,7 @@ def _weightless(
         if tensor.dtype.bitwidth < _BYTE:  # numpy would have a byte for each code of few bits
             weights[name] = _few_bits(tensor)
         else:
-            # Weights of exported modules are often transposed views: laid out once, not in each call.
+            # Weights of exported modules are often transposed views: laid out once, here.
             weights[name] = np.ascontiguousarray(tensor.numpy())
         value.type = ir.TensorType(tensor.dtype)
         value.shape = ir.Shape(tensor.shape.numpy())

@@ -98,7 +98,7 @@ def from_packed(packed: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]) 
     if not count:
         empty = np.empty(shape, dtype.numpy())
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(empty, dtype.value)
-    memory = (ctypes.c_uint8 * count).from_address(packed.ctypes.data)
+    memory: Any = (ctypes.c_uint8 * count).from_address(packed.ctypes.data)
     memory._owner = packed  # the array keeps the bytes alive
     data = np.frombuffer(memory, dtype.numpy()).reshape(shape)
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(data, dtype.value)

@@ -58,9 +58,10 @@ def _multiply(graph: ir.Graph, value: ir.Value, name: str, rng: np.random.Genera
     extent = value.shape[-1] if value.shape is not None and len(value.shape) else 1
     size = (extent,) if isinstance(extent, int) and extent > 1 else ()
     noise = _LAST_BITS * float(ml_dtypes.finfo(kind).eps) * rng.standard_normal(size)
-    tensor = ir.tensor(np.asarray(1 + noise, np.float64).astype(kind), name=name)
+    array = np.asarray(1 + noise, np.float64).astype(kind)
+    tensor = ir.Tensor(array, value.dtype, name=name)
     factor = ir.Value(
-        name=name, const_value=tensor, type=ir.TensorType(value.dtype), shape=tensor.shape
+        name=name, const_value=tensor, type=ir.TensorType(value.dtype), shape=ir.Shape(array.shape)
     )
     graph.register_initializer(factor)
     product = ir.node("Mul", [value, factor], name=name)

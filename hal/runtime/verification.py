@@ -144,9 +144,7 @@ def verify_session(
     return {**result, "narrowed": narrowed} if narrowed else result
 
 
-def _allow_movement(
-    figures: dict[str, dict[str, Any]], graph: Graph, reference: Reference
-) -> None:
+def _allow_movement(figures: dict[str, dict[str, Any]], graph: Graph, reference: Reference) -> None:
     """Add to tolerances what the reference itself is off by when its first values have noise."""
 
     def run(other: Graph) -> list[Sample]:

@@ -6,6 +6,8 @@ floats in each call.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -36,6 +38,7 @@ def _apart(graph: ir.Graph, node: ir.Node) -> bool:
         return False
     heads = shape[0]
     unpack = _producer(decode.inputs[0], "UnpackBits", HAL_DOMAIN)
+    kept: dict[str, Any]
     constants = list(decode.inputs) if unpack is None else [*unpack.inputs, *decode.inputs[1:]]
     if not isinstance(heads, int) or x.shape[-3] != heads or not _divides(constants, heads):
         return False
@@ -49,11 +52,11 @@ def _apart(graph: ir.Graph, node: ir.Node) -> bool:
         rows = emit("Gather", [source, index], axis=axis)
         rows.shape = _one_head(x.shape, axis)
         if rounding is not None:
-            kept = {name: a.as_int() for name, a in rounding.attributes.items()}
+            kept = {n: a.as_int() for n, a in rounding.attributes.items()}
             rows = emit("RoundActivations", [rows], domain=HAL_DOMAIN, like=rows, **kept)
         codes, *others = [_part(graph, value, head) for value in constants]
         if unpack is not None:
-            kept = {name: a.as_int() for name, a in unpack.attributes.items()}
+            kept = {n: a.as_int() for n, a in unpack.attributes.items()}
             dtype = decode.inputs[0].dtype if decode.inputs[0] is not None else None
             assert dtype is not None
             codes = emit("UnpackBits", [codes], domain=HAL_DOMAIN, dtype=dtype, **kept)
@@ -84,7 +87,9 @@ def _divides(constants: list[ir.Value | None], heads: int) -> bool:
     """Whether each is a constant of whole bytes for each head."""
     tensors = [value.const_value for value in constants if value is not None]
     return all(
-        t is not None and int(t.shape[0]) == heads and (t.size * t.dtype.bitwidth) % (8 * heads) == 0  # type: ignore[arg-type]
+        t is not None
+        and int(t.shape.numpy()[0]) == heads
+        and (t.size * t.dtype.bitwidth) % (8 * heads) == 0
         for t in tensors
     )
 

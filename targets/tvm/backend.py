@@ -176,8 +176,7 @@ class TvmBackend(Backend):
         weights = [Weight.from_json(w) for w in record["weights"]]
         tensors, alive = load_weights(weights, context.files, context.folder)
         inputs, outputs = (
-            [Port(name, dtype) for name, dtype in record[side]]
-            for side in ("inputs", "outputs")
+            [Port(name, dtype) for name, dtype in record[side]] for side in ("inputs", "outputs")
         )
         try:
             library, device, own_memory = self.open_library(record, context)

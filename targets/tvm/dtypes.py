@@ -8,7 +8,9 @@ from hal.targets.tvm import storage
 
 _D = ir.DataType
 
-STORED_AS: dict[ir.DataType, str] = {_D[name]: kind for name, kind in storage.STORED_AS.items()}
+STORED_AS: dict[ir.DataType, str] = {
+    ir.DataType[name]: kind for name, kind in storage.STORED_AS.items()
+}
 """dtype of the TVM tensor that holds values of an ONNX dtype."""
 
 FLOATS = frozenset({_D.FLOAT, _D.DOUBLE, _D.FLOAT16, _D.BFLOAT16})
@@ -17,8 +19,8 @@ UNSIGNED = frozenset({_D.UINT8, _D.UINT16, _D.UINT32, _D.UINT64})
 INTEGERS = SIGNED | UNSIGNED
 NUMBERS = FLOATS | INTEGERS
 PLAIN = NUMBERS | {_D.BOOL}
-SMALL_FLOATS = frozenset(_D[name] for name in storage.SMALL_FLOATS)
-SMALL_INTEGERS = frozenset(_D[name] for name in storage.SMALL_INTEGERS)
+SMALL_FLOATS = frozenset(ir.DataType[name] for name in storage.SMALL_FLOATS)
+SMALL_INTEGERS = frozenset(ir.DataType[name] for name in storage.SMALL_INTEGERS)
 BITS = {dtype: dtype.bitwidth for dtype in SMALL_INTEGERS}
 
 

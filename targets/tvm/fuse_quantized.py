@@ -4,7 +4,8 @@
 codes turns into ``hal.tvm::QuantizedMatMul(x, packed)``, with a matrix for each head into
 ``hal.tvm::QuantizedHeadMatMul``, and ``Gather`` of such a table into ``hal.tvm::QuantizedGather``,
 which reads the codes as the bundle stores them; a mixture of experts with such weights becomes
-``hal.tvm::QuantizedMixtureOfExperts``. What fits none of them stays as it is. The packed bytes are made when the build writes its weights, one tensor at a time.
+``hal.tvm::QuantizedMixtureOfExperts``. What fits none of them stays as it is. The packed bytes are
+made when the build writes its weights, one tensor at a time.
 """
 
 from __future__ import annotations

@@ -141,7 +141,9 @@ class _Walk:
         return Lowered(
             tvm.IRModule(kept, attrs=module.attrs) if without else module,
             tuple(Port(v.name or "", _dtype(v).name) for v in self._inputs),
-            tuple(Port(v.name or "", self._context.operand(v).dtype.name) for v in self._graph.outputs),
+            tuple(
+                Port(v.name or "", self._context.operand(v).dtype.name) for v in self._graph.outputs
+            ),
             tuple(self._weights),
         )
 

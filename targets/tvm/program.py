@@ -71,7 +71,10 @@ class Program:
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         if self._own_memory:
-            weights, alive = [runtime.tensor(runtime.to_numpy(w), self._device) for w in weights], None
+            weights, alive = (
+                [runtime.tensor(runtime.to_numpy(w), self._device) for w in weights],
+                None,
+            )
         self._weights = list(weights)
         self._alive = alive
         self._in_place = dict(in_place or {})

@@ -178,7 +178,7 @@ def heads_of(value: ir.Value) -> tuple[Codes, int] | None:
     codes = stacked(node.inputs[0])
     if codes is None or tuple(node.attributes["perm"].as_ints()) != (0, 2, 1):
         return None
-    return codes, int(tensor_of(codes.codes).shape[0])  # type: ignore[call-overload]
+    return codes, int(tensor_of(codes.codes).shape.numpy()[0])
 
 
 def _constants(value: ir.Value, rank: int) -> tuple[ir.Node, Codes] | None:

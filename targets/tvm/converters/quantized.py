@@ -54,9 +54,7 @@ def head_matmul(op: Op) -> Operand:
     prepared = _prepared(op, x, layout, rows)
     batch = op.symbols.simplify(product(x.shape[:-3]))
     whole = reshaped(op, x, [batch, heads, x.shape[-2], layout.k])
-    code = head_products(
-        layout, heads, shaping.registers, shaping.dot if layout.integer else None
-    )
+    code = head_products(layout, heads, shaping.registers, shaping.dot if layout.integer else None)
     outputs = [([rows, layout.padded_n], "float32")]
     operands = [packed, whole, *prepared]
     (result,) = op.context.call_kernel(code, operands, outputs, "head_products")

@@ -8,9 +8,7 @@ import pytest
 from hal.ir.evaluate import evaluate
 from hal.passes.base import Pipeline
 from hal.passes.quantize import Quantize, parse_recipe
-from hal.targets.onnxruntime.fuse import fuse
 from hal.targets.onnxruntime.legalize import legalize
-from hal.targets.onnxruntime.notes import weights_read
 from tests.targets.onnxruntime.support import parse
 
 HEADS, K, N = 3, 96, 64
