@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T  # noqa: N812
 
 from hal.kernels.emitting import ATTRIBUTES, i64
-from hal.kernels.quantized_layout import Layout
-from hal.kernels.quantized_matmul import CHAINS, Product, Registers, accumulators, whole_of
+from hal.kernels.quantized_layout import Dot, Layout
+from hal.kernels.quantized_matmul import CHAINS, Product, accumulators, whole_of
 from hal.kernels.vectors import span, spread
 
 
 @functools.lru_cache(maxsize=64)
-def expert_products(layout: Layout, experts: int, choices: int, *, shared: bool) -> tirx.PrimFunc:
+def expert_products(
+    layout: Layout, experts: int, choices: int, *, shared: bool, dot: Dot | None = None
+) -> tirx.PrimFunc:
     """``out[t * choices + k] = w[index[t, k]] @ x[row]ᵀ`` for choice ``k`` of token ``t``.
 
     ``row`` is the token if ``shared``, and ``x`` has ``T`` rows; else it is the choice.
     Parameters: the packed matrices of all experts ``uint8 [experts * bytes]``, ``index`` int64
-    ``[T, choices]``, values ``float32 [rows, padded_k]`` and sums ``float32 [rows, groups]`` of
-    :func:`hal.kernels.prepare_activations.prepare`, the result ``float32 [T * choices, padded_n]``.
+    ``[T, choices]``, what :func:`hal.kernels.prepare_activations.prepare` made of the rows, as
+    :func:`hal.kernels.quantized_matmul.matmul` takes it, the result
+    ``float32 [T * choices, padded_n]``.
     A block of columns walks over experts, then choices, so it reads those that are chosen, each
     once for all tokens. Rows of an index out of range are zero.
     """
-    assert not layout.integer, "activations of experts are floats"
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("expert_products")
-        names = ["w", "index", "x", "sums", "out"]
+        given = ["x", "scales", "sums"] if layout.integer else ["x", "sums"]
+        names = ["w", "index", *given, "out"]
         handles = {name: T.arg(name, T.handle()) for name in names}
         T.func_attr(ATTRIBUTES)
         tokens = tirx.Var("tokens", "int64")
@@ -38,8 +40,9 @@ def expert_products(layout: Layout, experts: int, choices: int, *, shared: bool)
         shapes = {
             "w": ((experts * layout.bytes,), "uint8"),
             "index": ((tokens, choices), "int64"),
-            "x": ((rows, layout.padded_k), "float32"),
-            "sums": ((rows, layout.groups), "float32"),
+            "x": ((rows, layout.padded_k), "int8" if layout.integer else "float32"),
+            "scales": ((rows, layout.groups), "float32"),
+            "sums": ((rows, layout.groups), "int32" if layout.integer else "float32"),
             "out": ((all_choices, layout.padded_n), "float32"),
         }
         order = ["index", *(n for n in names if n != "index")]  # it binds the number of tokens
@@ -49,27 +52,20 @@ def expert_products(layout: Layout, experts: int, choices: int, *, shared: bool)
             T.writes([whole_of(buffers["out"], shapes["out"][0])])
             with T.parallel(i64(layout.blocks)) as block:
                 registers = accumulators(layout, max(CHAINS, layout.tiles), layout.tiles)
-                _walk_experts(layout, buffers, registers, block, experts, choices, shared=shared)
+                tiles = [i64(tile) for tile in range(layout.tiles)]
+                product = Product(layout, dot, buffers, registers, block, tiles, 1)
+                _walk_experts(product, experts, choices, shared=shared)
     return builder.get()
 
 
-def _walk_experts(
-    layout: Layout,
-    buffers: dict[str, Any],
-    registers: Registers,
-    block: Any,
-    experts: int,
-    choices: int,
-    *,
-    shared: bool,
-) -> None:
+def _walk_experts(product: Product, experts: int, choices: int, *, shared: bool) -> None:
     """One block of columns of all experts that were chosen."""
+    layout, buffers = product.layout, product.buffers
     tokens = buffers["index"].ty.shape[0]
     zeros = spread(tirx.const(0.0, "float32"), layout.lanes)
-    tiles = [i64(tile) for tile in range(layout.tiles)]
     with T.serial(i64(0), tokens * i64(choices)) as cleared:
-        for tile in tiles:
-            column = block * i64(layout.columns) + tile * i64(layout.lanes)
+        for tile in product.tiles:
+            column = product.block * i64(layout.columns) + tile * i64(layout.lanes)
             T.buffer_store(buffers["out"], zeros, [cleared, span(column, layout.lanes)])
     with (
         T.serial(i64(0), i64(experts)) as expert,
@@ -79,6 +75,5 @@ def _walk_experts(
         chosen = buffers["index"][token, choice] == expert
         with T.If(chosen), T.Then():
             row = T.Bind(token * i64(choices) + choice)
-            offset = T.Bind(expert * i64(layout.bytes))
-            product = Product(layout, None, buffers, registers, block, tiles, 1, offset=offset)
+            product.offset = T.Bind(expert * i64(layout.bytes))
             product.rows(token if shared else row, row)

@@ -283,8 +283,7 @@ def parse_recipe(text: str) -> Recipe:
     experts = linear
     if experts is not None:
         group = 0 if experts.format.bits == 8 else experts.format.group
-        plain = dataclasses.replace(experts.format, group=group, symmetric=True, activations=16)
-        plain = dataclasses.replace(plain, static=False)
+        plain = dataclasses.replace(experts.format, group=group, symmetric=True, static=False)
         experts = dataclasses.replace(experts, format=plain)
     recipe = Recipe(linear, embedding, kept, experts, _for_convolutions(linear))
     for other in others:

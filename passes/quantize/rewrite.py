@@ -8,6 +8,7 @@ from hal.ir import HAL_DOMAIN, Graph
 from hal.ir.quant_ops import ROUND_ACTIVATIONS, UNPACK_BITS
 from hal.passes._edit import Editor, is_op
 from hal.passes.quantize.codes import Codes, pack, pack_three_bits, stored_scale
+from hal.passes.quantize.experts import is_down
 from hal.passes.quantize.layers import Layer
 
 
@@ -15,10 +16,12 @@ def put(graph: Graph, layer: Layer, codes: Codes) -> None:
     """Replace ``layer``'s weight by ``codes`` ``[R, C]``, R being all axes but the last.
 
     Reads ``MatMul(x, Transpose(DequantizeLinear(codes, scale)))`` afterwards, of the last two axes
-    where there is a matrix for each head. With activations of
-    8 bits, x goes through ``hal::RoundActivations``; products of one x share it.
+    where there is a matrix for each head. With activations of 8 bits, x goes through
+    ``hal::RoundActivations``, which products of one x and the first matrices of experts share.
     """
     edit = Editor(graph)
+    rounding = codes.format.activations == 8 and not codes.format.static
+    rounded = readers_of_input(layer) if rounding else ()
     edit.at(min(layer.uses, key=lambda n: _position(graph, n)))
     weight = _dequantize(edit, layer, codes)
     for node in layer.uses:
@@ -26,9 +29,8 @@ def put(graph: Graph, layer: Layer, codes: Codes) -> None:
         for index, value in enumerate(list(node.inputs)):
             if value is layer.weight:
                 node.replace_input_with(index, _across(edit, weight) if layer.across else weight)
-    if codes.format.activations == 8 and not codes.format.static:
-        for product in layer.products:
-            _round_input(edit, product, codes.format.group)
+    for node in rounded:
+        _round_input(edit, node, codes.format.group)
 
 
 def _position(graph: Graph, node: ir.Node) -> int:
@@ -132,8 +134,18 @@ def _first_reader(value: ir.Value) -> ir.Node:
 
 
 def rounds_activations(layer: Layer, group: int) -> bool:
-    """Whether the inputs of a layer's products can be rounded in blocks of ``group``."""
-    return bool(layer.products) and (group == 0 or layer.shape[-1] % group == 0)
+    """Whether a layer's inputs can be rounded in blocks of ``group``."""
+    return bool(readers_of_input(layer)) and (group == 0 or layer.shape[-1] % group == 0)
+
+
+def readers_of_input(layer: Layer) -> tuple[ir.Node, ...]:
+    """Nodes whose first input meets the weight and can be rounded: products, mixtures of experts.
+
+    What the second matrices of experts meet is made inside of the mixture.
+    """
+    if layer.kind == "experts":
+        return () if is_down(layer) else layer.uses
+    return layer.products
 
 
 __all__ = ["exchange", "put", "rounds_activations"]

@@ -253,30 +253,35 @@ class _Rewrite:
 
     def experts(self, node: ir.Node) -> None:
         """A mixture of experts both of whose weights are codes."""
-        weights = [stacked(value) if value is not None else None for value in node.inputs[3:5]]
-        if any(codes is None for codes in weights):
+        up, down = (stacked(value) if value is not None else None for value in node.inputs[3:5])
+        x = node.inputs[0]
+        if up is None or down is None or x is None:
             return
-        count = int(tensor_of(weights[0].codes).shape[0])  # type: ignore[union-attr, arg-type]
-        layouts = [self._expert_layout(codes, count) for codes in weights if codes is not None]
+        count = int(tensor_of(up.codes).shape.numpy()[0])
+        block, bits = _rounding(x)
+        layout = self._layout(dataclasses.replace(up, n=up.n // count), block)
+        if layout is None:  # scales of activations go across those of weights
+            block, layout = 0, self._layout(dataclasses.replace(up, n=up.n // count), 0)
+        below = self._layout(dataclasses.replace(down, n=down.n // count), 0)
+        source = x.producer().inputs[0] if block else x  # type: ignore[union-attr]
+        assert layout is not None
+        assert below is not None
+        layouts = [layout, below]
         packed = [
-            self._pack_stacked(codes, layout, count)
-            for codes, layout in zip(weights, layouts, strict=True)
-            if codes is not None
+            self._pack_stacked(codes, own, count)
+            for codes, own in zip((up, down), layouts, strict=True)
         ]
         attributes = [
             ir.AttrInt64("experts", count),
             ir.AttrString("activation", str(attribute(node, "activation", "silu"))),
+            ir.AttrInt64("block", block),
+            ir.AttrInt64("round_bits", bits),
         ]
         for prefix, layout in zip(("up_", "down_"), layouts, strict=True):
             attributes += [ir.AttrInt64(prefix + a.name, a.as_int()) for a in _attributes(layout)]
-        fused = ir.Node(DOMAIN, EXPERTS, [*node.inputs[:3], *packed], attributes, name=node.name)
-        self._replace(node, fused, [v for v in node.inputs[3:5] if v is not None])
-
-    def _expert_layout(self, codes: Codes, count: int) -> Layout:
-        return Layout(
-            codes.n // count, codes.k, codes.bits, codes.group, self._shaping.lanes,
-            zeros=not codes.symmetric, floats=codes.floats,
-        )  # fmt: skip
+        inputs = [source, *node.inputs[1:3], *packed]
+        fused = ir.Node(DOMAIN, EXPERTS, inputs, attributes, name=node.name)
+        self._replace(node, fused, [v for v in (x, *node.inputs[3:5]) if v is not None])
 
     def _pack_stacked(self, codes: Codes, layout: Layout, count: int) -> ir.Value:
         """The matrices of all experts or heads, each packed by itself, one after the other."""

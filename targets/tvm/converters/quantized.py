@@ -19,7 +19,7 @@ from hal.kernels.quantized_layout import Layout
 from hal.kernels.quantized_matmul import matmul as kernel
 from hal.targets.tvm.converters.index import wrapped
 from hal.targets.tvm.converters.shape import reshaped
-from hal.targets.tvm.dims import Dim, Refused, product
+from hal.targets.tvm.dims import Refused, product
 from hal.targets.tvm.fuse_quantized import EXPERTS, GATHER, HEADS, MATMUL
 from hal.targets.tvm.lowering import Op, Operand
 
@@ -97,19 +97,18 @@ def mixture_of_experts(op: Op) -> Operand:
     tokens, rows = x.shape[0], op.symbols.simplify(x.shape[0] * choices)
     count = op.attribute("experts")
 
-    def products(
-        layout: Layout, packed: Operand, x: Operand, size: Dim, *, shared: bool
-    ) -> Operand:
-        outputs = [([size, layout.padded_k], "float32"), ([size, layout.groups], "float32")]
-        values, sums = op.context.call_kernel(prepare(layout), [x], outputs, "prepare_activations")
-        code = expert_products(layout, count, choices, shared=shared)
+    def products(layout: Layout, packed: Operand, given: list[Operand], *, shared: bool) -> Operand:
+        dot = op.context.shaping.dot if layout.integer else None
+        code = expert_products(layout, count, choices, shared=shared, dot=dot)
         out = [([rows, layout.padded_n], "float32")]
-        operands = [packed, index, values, sums]
+        operands = [packed, index, *given]
         return op.context.call_kernel(code, operands, out, "expert_products")[0]
 
-    both = products(up, op.input(3), x, tokens, shared=True)
+    both = products(up, op.input(3), _prepared(op, x, up, tokens), shared=True)
     h = op.compute([rows, inner], lambda v, i: act(v(i[0], i[1])) * v(i[0], i[1] + inner), both)
-    each = products(down, op.input(4), h, rows, shared=False)
+    outputs = [([rows, down.padded_k], "float32"), ([rows, down.groups], "float32")]
+    values = op.context.call_kernel(prepare(down), [h], outputs, "prepare_activations")
+    each = products(down, op.input(4), values, shared=False)
 
     def summed(chosen: Any, weights: Any, i: Any) -> Any:
         parts = [weights(i[0], k) * chosen(i[0] * choices + k, i[1]) for k in range(choices)]

@@ -42,8 +42,8 @@ def test_head_and_embedding_keep_eight_bits_unless_told_otherwise() -> None:
 
 
 def test_experts_are_symmetric_and_eight_bits_have_a_scale_for_each_row() -> None:
-    assert str(parse_recipe("w4a8-asym").experts) == "w4a16-g32:rtn"
-    assert str(parse_recipe("w8a8").experts) == "w8a16-channel:rtn"
+    assert str(parse_recipe("w4a8-asym").experts) == "w4a8-g32:rtn"
+    assert str(parse_recipe("w8a8").experts) == "w8a8-channel:rtn"
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,13 @@ from hal.ir import Graph
 from hal.ir.evaluate import evaluate
 from hal.passes.base import Pipeline
 from hal.passes.quantize import Quantize, parse_recipe
+from hal.targets import resolve
+from hal.targets.tvm.backend import shaping_of
 from hal.targets.tvm.direct import compile_graph
 from hal.targets.tvm.legalize import legalize
 from hal.targets.tvm.lowering import Shaping
 from hal.targets.tvm.notes import weights_read
+from hal.targets.tvm.target import tvm_target
 from tests.targets.onnxruntime.support import parse
 
 EXPERTS, CHOICES = 6, 2
@@ -47,7 +50,8 @@ def inputs(tokens: int, last: int = EXPERTS) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("tokens", [1, 5, 70])
 @pytest.mark.parametrize(
-    "recipe", ["w4a16", "w4a16-asym", "w8a16", "w2a16", "mxfp4", "fp8", "w4a16-g64"]
+    "recipe",
+    ["w4a16", "w4a16-asym", "w8a16", "w2a16", "mxfp4", "fp8", "w4a16-g64", "w4a8", "w8a8-asym"],
 )
 def test_codes_give_what_floats_give(recipe: str, tokens: int) -> None:
     graph = mixture(recipe)
@@ -73,3 +77,17 @@ def test_what_a_token_reads_is_its_experts() -> None:
     used = [v for v in legal.graph.initializers.values() if v.uses() and v.const_value]
     packed = sum(v.const_value.nbytes for v in used if v.const_value)
     assert weights_read(legal.graph).bytes == pytest.approx(packed * CHOICES / EXPERTS, rel=0.05)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+@pytest.mark.parametrize("recipe", ["w4a8", "w8a8", "w4a8-asym", "w3a16"])
+def test_by_the_instructions_of_the_host(recipe: str, tokens: int) -> None:
+    host = resolve("host").descriptor
+    graph, shaping, given = mixture(recipe), shaping_of(host), inputs(tokens)
+    (fused,) = [
+        n for n in legalize(graph, shaping).graph if n.op_type == "QuantizedMixtureOfExperts"
+    ]
+    assert fused.attributes["up_integer"].as_int() == (recipe != "w3a16" and bool(shaping.dot))
+    found = compile_graph(graph, tvm_target(host), shaping)(given)["y"]
+    expected = evaluate(graph, given)["y"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
