@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import relax, tirx
 
 from hal.targets.tvm.regions import parallel_regions
@@ -25,6 +26,7 @@ def pipeline(target: tvm.target.Target, lanes: int, step: str = "") -> Any:
                     calls_of_kernels(schedule(lanes)),
                     parallel_regions(step),
                     for_the_machine(),
+                    _without_notes(),
                     _no_aliases(),
                 ]
             )(module)
@@ -66,6 +68,24 @@ def calls_of_kernels(scheduled: Any) -> Any:
             relax.transform.CallTIRRewrite(),
         ]
     )
+
+
+def _without_notes() -> Any:
+    """Drop the notes of TVM's own operators (scattering) that its code generator warns about."""
+
+    @tvm.transform.module_pass(opt_level=0)
+    def dropped(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        for name, function in module.functions_items():
+            if isinstance(function, tirx.PrimFunc):
+                body = tvm_ffi.structural_map(
+                    function.body,
+                    (tirx.AttrStmt, lambda s: s.body if s.attr_key == "pragma_scope" else s),
+                    order="post",
+                )
+                module.update_func(name, function.with_body(body))
+        return module
+
+    return dropped
 
 
 def _no_aliases() -> Any:
