@@ -7,7 +7,7 @@ lowered.module["main"]          # main(inputs..., weights...) -> tuple of output
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import onnx_ir as ir
 import tvm
@@ -20,6 +20,7 @@ from hal.targets.tvm.converters import find
 from hal.targets.tvm.dims import Dim, Refused, Symbols
 from hal.targets.tvm.dtypes import STORED_AS
 from hal.targets.tvm.lowering import EMBED_BYTES, Lowering, Operand, Shaping
+from hal.targets.tvm.pipeline import TRUSTED
 from hal.targets.tvm.program import STEP, Port
 
 
@@ -45,7 +46,8 @@ def lower(graph: Graph, shaping: Shaping) -> Lowered:
         UnsupportedError: a node cannot be lowered; the text lists nodes and reasons.
     """
     builder = relax.BlockBuilder()
-    walk = _Walk(graph.graph, shaping, builder)
+    pools = frozenset(in_place(graph).values())
+    walk = _Walk(graph.graph, shaping, builder, pools)
     refused = walk.run()
     if refused:
         lines = [f"{node.op_type} {node.name or ''}: {why}" for node, why in refused.items()]
@@ -56,7 +58,7 @@ def lower(graph: Graph, shaping: Shaping) -> Lowered:
     dims = step_dims(graph)
     if not dims:
         return walk.finish()
-    step = _Walk(graph.graph, shaping, builder, dict.fromkeys(dims, 1))
+    step = _Walk(graph.graph, shaping, builder, pools, dict.fromkeys(dims, 1))
     if step.run(STEP):  # an op may need a dim that it can only check at run time
         return walk.finish(without=STEP)
     single = tuple(
@@ -100,12 +102,14 @@ class _Walk:
         graph: ir.Graph,
         shaping: Shaping,
         builder: relax.BlockBuilder,
+        pools: Collection[str] = (),
         fixed: Mapping[str, int] | None = None,
     ) -> None:
         self._graph = graph
         self._symbols = Symbols(fixed)
         self._builder = builder
         self._context = Lowering(self._builder, shaping, self._symbols)
+        self._pools = pools
         self._inputs: list[ir.Value] = []
         self._weights = [v for v in self._graph.initializers.values() if is_weight(v)]
         self._lowered: Lowered | None = None
@@ -126,7 +130,9 @@ class _Walk:
             variables.append(operand.expr)
         for value in self._weights:
             variables.append(self._placeholder(value).expr)
-        with self._builder.function(name, variables):
+        mine = [i for i, value in enumerate(self._inputs) if value.name in self._pools]
+        mine += range(len(self._inputs), len(variables))
+        with self._builder.function(name, variables, attrs={TRUSTED: mine}):
             with self._builder.dataflow():
                 refused.update(self._nodes(self._graph))
                 outputs = self._outputs(refused)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import tvm
@@ -10,6 +11,12 @@ from tvm import relax, tirx
 
 from hal.targets.tvm.regions import parallel_regions
 from hal.targets.tvm.schedule import schedule
+
+TRUSTED = "hal.trusted"
+"""Attribute of a function: places of the parameters that no caller chooses."""
+
+_STORES = 1
+"""``MatchShapeCode::kStoreToHeap`` of TVM's virtual machine: a dim is taken from the shape."""
 
 
 def pipeline(target: tvm.target.Target, lanes: int, step: str = "") -> Any:
@@ -44,9 +51,56 @@ def for_the_machine() -> Any:
             relax.transform.LowerRuntimeBuiltin(),
             relax.transform.ComputePrimValue(),
             relax.transform.VMShapeLower(),
+            _trusting(),
             relax.transform.AttachGlobalSymbol(),
         ]
     )
+
+
+def _trusting() -> Any:
+    """Leave out the checks of arguments that a program gives itself: weights, pools of a cache.
+
+    They are two calls for each of hundreds of arguments, in every step. What takes a dim from a
+    shape stays.
+    """
+
+    @tvm.transform.module_pass(opt_level=0)
+    def trusted(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        for name, function in module.functions_items():
+            if isinstance(function, relax.Function) and TRUSTED in (function.attrs or {}):
+                places = {int(place) for place in function.attrs[TRUSTED]}
+                own = {p for i, p in enumerate(function.params) if i in places}
+                blocks = [
+                    relax.BindingBlock([b for b in block.bindings if not _checks(b.value, own)])
+                    for block in function.body.blocks
+                ]
+                body = relax.SeqExpr(blocks, function.body.body)
+                module.update_func(
+                    name,
+                    relax.Function(
+                        function.params,
+                        body,
+                        function.ret_ty,
+                        function.is_pure,
+                        function.attrs,
+                    ),
+                )
+        return module
+
+    return trusted
+
+
+def _checks(value: Any, own: Collection[relax.Var]) -> bool:
+    """Whether a call only checks one of these arguments."""
+    if not isinstance(value, relax.Call) or not isinstance(value.op, relax.ExternFunc):
+        return False
+    name, first = str(value.op.global_symbol), value.args[0] if value.args else None
+    if not isinstance(first, relax.Var) or first not in own:
+        return False
+    if name == "vm.builtin.match_shape":
+        codes = value.args[3:-1:2]
+        return all(int(code.value) != _STORES for code in codes)
+    return name == "vm.builtin.check_tensor_info"
 
 
 def calls_of_kernels(scheduled: Any) -> Any:

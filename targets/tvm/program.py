@@ -12,11 +12,15 @@ import numpy as np
 from hal.errors import InputError
 from hal.targets.detect import usable_cores
 from hal.targets.tvm import runtime
+from hal.targets.tvm.runtime import ALIGNMENT
 from hal.targets.tvm.storage import from_storage, to_storage
-from hal.targets.tvm.weights import ALIGNMENT, shared_tensor
+from hal.targets.tvm.weights import shared_tensor
 
 STEP = "step"
 """The function for one token of one row."""
+
+_SMALL = 64
+"""Bytes of an input up to which its tensor is kept, of each shape: there are few such shapes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Program:
         self._in_place = dict(in_place or {})
         self._pools = set(self._in_place.values())
         self._made = [(i, p) for i, p in enumerate(outputs) if p.name not in self._in_place]
+        self._small: dict[tuple[str, tuple[int, ...]], tuple[np.ndarray, runtime.Tensor]] = {}
         self._views: dict[str, tuple[np.ndarray, runtime.Tensor]] = {}
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -94,7 +99,7 @@ class Program:
                 arguments.append(self._pool(port.name, inputs[port.name]))
                 continue
             array = to_storage(np.asarray(inputs[port.name]), port.dtype)
-            arguments.append(runtime.tensor(array, self._device))
+            arguments.append(self._given(port.name, array))
         try:
             one = all(inputs[name].shape[axis] == 1 for name, axis in self._single)
             results = (self._step if one else self._main)(*arguments, *self._weights)
@@ -114,6 +119,18 @@ class Program:
         for index, port in self._made:
             found[port.name] = from_storage(runtime.to_numpy(results[index]), port.dtype)
         return found
+
+    def _given(self, name: str, array: np.ndarray) -> runtime.Tensor:
+        """An input as a tensor. Small ones of a step are copied to where the last step's were."""
+        if self._own_memory or array.nbytes > _SMALL or not array.size:
+            return runtime.tensor(array, self._device)
+        known = self._small.get((name, array.shape))
+        if known is None or known[0].dtype != array.dtype:
+            made = runtime.aligned(array.shape, array.dtype)
+            known = made, runtime.view(made, array.dtype.name, array.shape)
+            self._small[name, array.shape] = known
+        known[0][...] = array
+        return known[1]
 
     def _pool(self, name: str, pool: np.ndarray) -> runtime.Tensor:
         """A pool as the program can write it: over the same memory, or a copy on the device."""

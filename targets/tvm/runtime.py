@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,7 @@ with _without_torch():
     import tvm_ffi
     from tvm_ffi.libinfo import load_lib_ctypes
 
+ALIGNMENT = 64
 _POOLED = 2
 """The virtual machine's allocator that keeps what was freed (``AllocatorType::kPooled``)."""
 
@@ -110,9 +112,17 @@ def to_numpy(value: Any) -> np.ndarray:
     return array
 
 
+def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array that begins at a multiple of 64 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 def view(array: np.ndarray, dtype: str, shape: Sequence[int]) -> Any:
     """A tensor over the memory of ``array``, which begins at a multiple of 64 bytes."""
-    made = tvm_ffi.from_dlpack(array, require_alignment=64, require_contiguous=True)
+    made = tvm_ffi.from_dlpack(array, require_alignment=ALIGNMENT, require_contiguous=True)
     if str(made.dtype) == dtype and tuple(made.shape) == tuple(shape):
         return made
     return _view(made, tvm_ffi.Shape([int(d) for d in shape]), tvm_ffi.dtype(dtype), 0)

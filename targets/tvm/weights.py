@@ -16,12 +16,12 @@ import numpy as np
 
 from hal.targets.backend import WeightStore
 from hal.targets.tvm import runtime
+from hal.targets.tvm.runtime import ALIGNMENT
 from hal.targets.tvm.storage import PACKED_BITS, SMALL_FLOATS, STORED_AS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-ALIGNMENT = 64
 OWN_FILE = "weights.bin"
 
 
