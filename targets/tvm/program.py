@@ -84,7 +84,7 @@ class Program:
         self._in_place = dict(in_place or {})
         self._pools = set(self._in_place.values())
         self._made = [(i, p) for i, p in enumerate(outputs) if p.name not in self._in_place]
-        self._small: dict[tuple[str, tuple[int, ...]], tuple[np.ndarray, runtime.Tensor]] = {}
+        self._small: dict[tuple[str, tuple[int, ...], str], runtime.Tensor] = {}
         self._views: dict[str, tuple[np.ndarray, runtime.Tensor]] = {}
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -122,15 +122,14 @@ class Program:
 
     def _given(self, name: str, array: np.ndarray) -> runtime.Tensor:
         """An input as a tensor. Small ones of a step are copied to where the last step's were."""
-        if self._own_memory or array.nbytes > _SMALL or not array.size:
+        if array.nbytes > _SMALL or not array.size:
             return runtime.tensor(array, self._device)
-        known = self._small.get((name, array.shape))
-        if known is None or known[0].dtype != array.dtype:
-            made = runtime.aligned(array.shape, array.dtype)
-            known = made, runtime.view(made, array.dtype.name, array.shape)
-            self._small[name, array.shape] = known
-        known[0][...] = array
-        return known[1]
+        key = name, array.shape, array.dtype.str
+        if key not in self._small:
+            self._small[key] = runtime.tensor(array, self._device)
+        else:
+            runtime.fill(self._small[key], array)
+        return self._small[key]
 
     def _pool(self, name: str, pool: np.ndarray) -> runtime.Tensor:
         """A pool as the program can write it: over the same memory, or a copy on the device."""

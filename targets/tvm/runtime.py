@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -96,11 +95,16 @@ def virtual_machine(library: Any, device: Any) -> Any:
 
 def tensor(array: np.ndarray, device: Any = None) -> Any:
     """A copy of ``array`` in memory of ``device``, by default the processor's."""
-    array = np.ascontiguousarray(array).reshape(array.shape)
     kind = tvm_ffi.dtype(array.dtype.name)
     made = _allocate(tvm_ffi.Shape(array.shape), kind, device or cpu(), None)
-    _fill(made, ctypes.c_void_p(array.ctypes.data), array.nbytes)
+    fill(made, array)
     return made
+
+
+def fill(tensor: Any, array: np.ndarray) -> None:
+    """Copy ``array`` into a tensor of its shape and dtype."""
+    array = np.ascontiguousarray(array)
+    _fill(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
 
 
 def to_numpy(value: Any) -> np.ndarray:
@@ -110,14 +114,6 @@ def to_numpy(value: Any) -> np.ndarray:
     array = np.empty(tuple(value.shape), kind)
     _read(value, ctypes.c_void_p(array.ctypes.data), array.nbytes)
     return array
-
-
-def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An array that begins at a multiple of 64 bytes."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def view(array: np.ndarray, dtype: str, shape: Sequence[int]) -> Any:
