@@ -416,7 +416,8 @@ def _reference_of(bundle: Bundle, graph: Graph, step: Step | None = None) -> _Re
     samples = bundle.samples()
     if not samples or (step is not None and not step.takes(graph, samples)):
         return verification.reference_for(graph, step=step)
-    return verification.Reference(tuple(samples), tuple(verification.run_reference(graph, samples)))
+    outputs = tuple(verification.run_reference(graph, samples))
+    return verification.checked(verification.Reference(tuple(samples), outputs))
 
 
 def _require_same_signature(graph: Graph, other: Graph) -> None:

@@ -260,7 +260,9 @@ def _plan_text(bundle: Bundle) -> str:
     """What each layer of a quantized bundle got, as TOML."""
     from hal.quantization import plan_of_report
 
-    facts = bundle.manifest.metadata.get("quantization") or {}
+    facts = bundle.manifest.metadata.get("quantization")
+    if not facts:  # floats were what met the budget
+        return 'recipe = "float"\n'
     return str(facts.get("plan") or plan_of_report(facts).to_toml())
 
 

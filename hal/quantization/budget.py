@@ -48,7 +48,7 @@ class Bound:
 
     def __str__(self) -> str:
         """The text that :func:`parse_budget` reads."""
-        return f"{self.metric}{METRICS[self.metric][0]}{self.limit:g}" + "x" * (
+        return f"{self.metric}{METRICS[self.metric][0]}{self.limit:.10g}" + "x" * (
             self.metric == "ppl"
         )
 

@@ -54,6 +54,19 @@ def load_calibration(
     return found
 
 
+def unvarying(calibration: Calibration, graph: Graph) -> str:
+    """What is wrong with data that is one number everywhere, in a sentence; nothing if it varies."""
+    names = [spec.name for spec in graph.signature().inputs]
+    values = {
+        float(v) for s in calibration.samples for n in names for v in (s[n].min(), s[n].max())
+    }
+    if len(values) != 1:
+        return ""
+    return (
+        f"the calibration data is {values.pop():g} everywhere: what is measured on it means little"
+    )
+
+
 def check_readable(path: Path) -> None:
     """Find what is wrong with a file of calibration data without its model, before long work.
 

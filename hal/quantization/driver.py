@@ -18,7 +18,7 @@ from hal.passes.quantize.layers import Layer
 from hal.passes.quantize.quantize import shared
 from hal.passes.quantize.static import Kernels
 from hal.quantization.budget import Bound, parse_budget, parse_size
-from hal.quantization.data import check_readable, load_calibration
+from hal.quantization.data import check_readable, load_calibration, unvarying
 from hal.quantization.judge import Judge
 from hal.quantization.outlook import outlook
 from hal.quantization.plan import Plan, plan_of
@@ -137,6 +137,8 @@ def quantize_graph(
         say(f"note: {text}")
     float_bytes_read = bytes_read(graph.graph)
     if calibration is not None:
+        if told := unvarying(calibration, graph):
+            say(f"note: {told}")
         say("computing what the float model says")
         judge = Judge(graph, calibration.samples)
         if request.implied and graph.metadata.get("task") != "causal-lm":

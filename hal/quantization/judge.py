@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hal.errors import CheckFailed
 from hal.ir import Graph
 from hal.ir.evaluate import Evaluator
 from hal.passes.quantize.calibration import Sample
@@ -99,13 +100,22 @@ class Judge:
         return self._figures(lambda i: run(self.samples[i])[self._name], None)
 
     def _figures(self, run: Callable[[int], Any], limit: int | None) -> dict[str, float]:
-        """Means over samples, whose results ``run`` gives by number."""
+        """Means over samples, whose results ``run`` gives by number.
+
+        Raises:
+            CheckFailed: results are no numbers where the float graph's are.
+        """
         totals: dict[str, float] = {}
         count = 0
         pairs = list(zip(self.samples, self._right, strict=True))[:limit]
         for index, (sample, right) in enumerate(pairs):
             found = np.asarray(run(index), np.float32)
             ids = np.asarray(sample[self._tokens])[0] if self._language else None
+            if np.isfinite(right).all() and not np.isfinite(found).all():
+                raise CheckFailed(
+                    "the quantized model gives NaN or infinities where the float model does not",
+                    "take another method or format; the calibration data may be what misleads it",
+                )
             rows = _text(right, found, ids) if ids is not None else _outputs(right, found)
             for name, value in rows.items():
                 totals[name] = totals.get(name, 0.0) + value

@@ -74,13 +74,20 @@ def read_plan(path: Path) -> Plan:
         raise InputError(
             f"{path} has no recipe, or its layers are no table", "see docs/quantization.md"
         )
-    return Plan(parse_recipe(recipe), {name: _setting(path, name, layers[name]) for name in layers})
+    try:
+        whole = parse_recipe(recipe)
+    except InputError as error:
+        raise InputError(f"{path}: recipe: {error.message}", error.hint) from error
+    return Plan(whole, {name: _setting(path, name, layers[name]) for name in layers})
 
 
 def _setting(path: Path, name: str, text: Any) -> Setting | None:
     if not isinstance(text, str):
         raise InputError(f"{path}: {name!r} is {text!r}, not a format", 'as in "w8a16-g32:rtn"')
-    return parse_setting(text)
+    try:
+        return parse_setting(text)
+    except InputError as error:
+        raise InputError(f"{path}: {name!r}: {error.message}", error.hint) from error
 
 
 def plan_of_report(facts: Mapping[str, Any]) -> Plan:

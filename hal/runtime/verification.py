@@ -72,7 +72,7 @@ def reference_for(
 
     Returns:
         The reference, or a sentence saying why there is none (random ops; inputs that cannot be
-        sampled, or on which the reference itself cannot run).
+        sampled, or on which the reference itself cannot run or gives NaN).
     """
     random = sorted({n.op_type for n in graph.nodes()} & RANDOM_OPS)
     if random:
@@ -92,7 +92,17 @@ def reference_for(
         outputs = run_reference(graph, steps)
     except HalError as error:
         return error.message
-    return Reference(tuple(steps), tuple(outputs))
+    return checked(Reference(tuple(steps), tuple(outputs)))
+
+
+def checked(reference: Reference) -> Reference | str:
+    """The reference, or why nothing can be compared with it: it is no number itself."""
+    for outputs in reference.outputs:
+        for name, value in outputs.items():
+            floats = isinstance(value, np.ndarray) and value.dtype.kind in "fV" and value.size
+            if floats and (np.isnan(value).any() or not np.isfinite(value).any()):
+                return f"the model itself gives {name!r} as NaN or infinities on the sample inputs"
+    return reference
 
 
 def run_reference(graph: Graph, steps: Sequence[Sample]) -> list[Sample]:

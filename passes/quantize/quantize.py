@@ -113,6 +113,8 @@ class Quantize(Pass):
             elif setting.format.static:
                 static.append((layer, setting))
             elif setting.method in DATA_FREE or not inputs_of(layer):
+                if layer.stacked and setting.method not in DATA_FREE:
+                    reason = reason or "a matrix for each head is rounded to nearest"
                 work.quantize(layer, _data_free(setting, self.calibration), reason)
             else:
                 looking[layer.name] = layer, setting, reason

@@ -148,4 +148,4 @@ def readers_of_input(layer: Layer) -> tuple[ir.Node, ...]:
     return layer.products
 
 
-__all__ = ["exchange", "put", "rounds_activations"]
+__all__ = ["exchange", "put", "readers_of_input", "rounds_activations"]

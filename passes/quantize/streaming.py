@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from hal.errors import InputError
 from hal.ir import Graph
 from hal.ir.evaluate import Evaluator
 from hal.ir.parts import ancestors, fixed_nodes, segment
@@ -295,11 +296,23 @@ class Seen:
         return Statistics(gram, cross, lacking)
 
     def gram(self, rounding: int | None = None) -> np.ndarray:
-        """The mean of x xᵀ, float32 ``[K, K]``."""
+        """The mean of x xᵀ, float32 ``[K, K]``.
+
+        Raises:
+            InputError: it exceeds float32.
+        """
         self._reach()
         if rounding not in self._grams:
-            self._grams[rounding] = self._gram(rounding)
+            self._grams[rounding] = self._measurable(self._gram(rounding))
         return self._grams[rounding]
+
+    def _measurable(self, statistics: np.ndarray) -> np.ndarray:
+        if not np.isfinite(statistics).all():
+            raise InputError(
+                f"the calibration data make the squares of {self._values[0]!r} exceed float32",
+                "give data as the model sees it, or a method that needs none: rtn or hqq",
+            )
+        return statistics
 
     def sample(self, most: int) -> np.ndarray:
         """About ``most`` rows of the input, evenly from all samples, float32 ``[n, K]``."""
@@ -309,7 +322,10 @@ class Seen:
         for index in range(self._samples):
             rows = self._rows(self._walk, index, None)
             found.append(rows[:: max(1, len(rows) // each)])
-        return np.concatenate(found)
+        rows = np.concatenate(found)
+        with np.errstate(over="ignore"):
+            self._measurable(np.square(rows).sum(0))
+        return rows
 
     def divide(self, scale: np.ndarray) -> None:
         """Note that the graph was changed to make the stage's value smaller by ``scale``."""

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from hal.passes.quantize.chains import heavy_nodes
 from hal.passes.quantize.formats import Setting, conv_setting
 from hal.passes.quantize.layers import SMALLEST, Layer
-from hal.passes.quantize.rewrite import rounds_activations
+from hal.passes.quantize.rewrite import readers_of_input, rounds_activations
 
 
 def suited(layer: Layer, asked: Setting) -> tuple[Setting | None, str]:
@@ -31,10 +31,16 @@ def suited(layer: Layer, asked: Setting) -> tuple[Setting | None, str]:
             return None, reason or f"{layer.size:,} weights: nothing to gain without activations"
         form = dataclasses.replace(form, activations=16)
     elif form.activations == 8 and not rounds_activations(layer, form.group):
-        if layer.products and not reason:
-            reason = f"inputs of {layer.shape[-1]} are no whole blocks of {form.group}"
+        reason = reason or _keeps_activations(layer, form.group)
         form = dataclasses.replace(form, activations=16)
     return dataclasses.replace(setting, format=form), reason
+
+
+def _keeps_activations(layer: Layer, group: int) -> str:
+    """Why a layer's activations stay as they are; nothing for a table, which has none."""
+    if readers_of_input(layer):
+        return f"inputs of {layer.shape[-1]} are no whole blocks of {group}"
+    return "its inputs are made inside of the mixture" if layer.kind == "experts" else ""
 
 
 def _not_static(layer: Layer) -> str:
