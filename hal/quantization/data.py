@@ -55,16 +55,13 @@ def load_calibration(
 
 
 def unvarying(calibration: Calibration, graph: Graph) -> str:
-    """What is wrong with data that is one number everywhere, in a sentence; nothing if it varies."""
+    """A sentence about data that is one number everywhere; nothing if it varies."""
     names = [spec.name for spec in graph.signature().inputs]
-    values = {
-        float(v) for s in calibration.samples for n in names for v in (s[n].min(), s[n].max())
-    }
+    arrays = [sample[name] for sample in calibration.samples for name in names]
+    values = {float(end) for array in arrays for end in (array.min(), array.max())}
     if len(values) != 1:
         return ""
-    return (
-        f"the calibration data is {values.pop():g} everywhere: what is measured on it means little"
-    )
+    return f"the calibration data is {values.pop():g} everywhere: what it measures means little"
 
 
 def check_readable(path: Path) -> None:

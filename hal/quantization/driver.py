@@ -178,7 +178,7 @@ def quantize_graph(
     facts["outlook"] = [each.to_json() for each in expected]
     if judge is not None:
         say("measuring the quantized model")
-        facts["figures"] = judge.graph(result)
+        facts["figures"] = judge.graph(result, strict=True)
         first = graph.signature().inputs[0].name
         facts["samples"] = sum(len(sample[first]) for sample in judge.samples)
         if graph.metadata.get("task") == "causal-lm":
