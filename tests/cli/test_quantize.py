@@ -76,6 +76,17 @@ def test_a_plan_is_saved_edited_and_used_again(
     assert hal_command("compile", toy, *options, plan).code == 0
 
 
+def test_a_plan_of_floats_is_saved_too(
+    hal_command: Hal, toy: Path, data: Path, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.toml"
+    options = ("-t", "host:onnxruntime", "--no-verify", "-o", tmp_path / "q.hal", "-q", "w2a16")
+    budget = ("--calibration", data, "--size-budget", "1GB", "--save-plan", plan)
+    result = hal_command("compile", toy, *options, *budget)
+    assert result.code == 0, result.err
+    assert plan.read_text() == 'recipe = "float"\n'
+
+
 def test_codes_that_are_stored_wider_are_told(hal_command: Hal, toy: Path, tmp_path: Path) -> None:
     options = ("-t", "host:onnxruntime", "-o", tmp_path / "q.hal", "--quantize", "w3a16")
     result = hal_command("compile", toy, *options)

@@ -59,3 +59,7 @@ def test_a_size_that_does_not_parse_is_an_error(text: str) -> None:
 def test_options_that_do_not_go_together_are_refused(options: dict[str, str]) -> None:
     with pytest.raises(InputError):
         parse_request(**options)
+
+
+def test_a_bound_is_told_as_it_was_given() -> None:
+    assert str(parse_budget("cosine>=0.9999999")[0]) == "cosine>=0.9999999"

@@ -182,3 +182,26 @@ def test_a_weight_that_stays_a_float_is_left_as_it_is(method: str) -> None:
     for name in ("looked_up", "y"):
         np.testing.assert_allclose(after[name], before[name], rtol=1e-5)
     assert not np.array_equal(after["other"], before["other"])
+
+
+@pytest.mark.parametrize("method", ["awq", "smooth", "gptq"])
+def test_data_whose_squares_exceed_floats_is_refused(method: str) -> None:
+    huge = {"x": data()["x"] * np.float32(1e25)}
+    with pytest.raises(InputError, match="exceed float32"):
+        run(network(), f"w8a8:{method}" if method == "smooth" else f"w4a16:{method}", huge)
+
+
+def test_data_that_does_not_vary_is_told() -> None:
+    _, said = run(network(), "w4a16", {"x": np.full((32, 80), 0.5, np.float32)})
+    assert any("0.5 everywhere" in text for text in said)
+    _, said = run(network(), "w4a16", data())
+    assert not any("everywhere" in text for text in said)
+
+
+def test_a_graph_that_gives_no_numbers_is_refused_where_asked() -> None:
+    graph = network()
+    judge = Judge(graph, [data()])
+    broken = network(scale=np.inf)
+    assert judge.graph(broken)["cosine"] == 0
+    with pytest.raises(CheckFailed, match="NaN or infinities"):
+        judge.graph(broken, strict=True)

@@ -37,3 +37,16 @@ def test_a_broken_plan_is_an_error_with_a_hint(tmp_path: Path, text: str) -> Non
 def test_a_plan_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gone\.toml"):
         plan_of(tmp_path / "gone.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [('recipe = "w5"', "recipe"), ('recipe = "w4a16"\n[layers]\n"a.b" = "w9"', "'a.b'")],
+)
+def test_an_error_names_the_file_and_the_place(tmp_path: Path, text: str, place: str) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        read_plan(path)
+    assert str(path) in caught.value.message
+    assert place in caught.value.message

@@ -9,6 +9,7 @@ import pytest
 from hal.ir import Graph
 from hal.ir.evaluate import evaluate
 from hal.runtime.sensitivity import disturbed, movement
+from hal.runtime.verification import reference_for
 from tests.passes.toys import Toy
 
 
@@ -54,3 +55,11 @@ def test_float_inputs_have_noise() -> None:
     changed = disturbed(toy.graph(), 1)
     assert [n.op_type for n in changed.graph] == ["Mul", "TopK"]
     assert changed.graph[1].inputs[0].dtype is ir.DataType.FLOAT  # type: ignore[union-attr]
+
+
+def test_a_model_that_gives_no_numbers_cannot_be_verified() -> None:
+    toy = Toy(x=["n", 4])
+    toy.output(toy("Log", toy("Neg", toy("Abs", toy.x))), "y")
+    found = reference_for(toy.graph())
+    assert isinstance(found, str)
+    assert "'y' as NaN" in found

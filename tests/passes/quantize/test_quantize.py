@@ -176,3 +176,4 @@ def test_methods_that_look_at_data_leave_matrices_of_heads_to_rounding() -> None
     changed = Pipeline("test", (step,)).run(graph)[0]
     (layer,) = changed.metadata[METADATA_KEY]["layers"]
     assert layer["method"] == "rtn"
+    assert layer["reason"] == "a matrix for each head is rounded to nearest"
