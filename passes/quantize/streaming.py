@@ -360,7 +360,8 @@ class Seen:
         total, tokens = np.float32(0), 0
         for index in range(self._samples):
             rows = self._rows(self._walk, index, group)
-            total = _plus(total, rows.T @ rows)
+            with np.errstate(over="ignore"):
+                total = _plus(total, rows.T @ rows)
             tokens += len(rows)
         return np.asarray(total / np.float32(max(tokens, 1)))
 

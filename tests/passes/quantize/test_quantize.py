@@ -172,7 +172,7 @@ def test_matrices_of_heads_have_every_format(recipe: str, worst: float) -> None:
 def test_methods_that_look_at_data_leave_matrices_of_heads_to_rounding() -> None:
     graph = heads()
     sample = np.random.default_rng(0).standard_normal((2, 4, 5, 96)).astype(np.float32)
-    step = Quantize(parse_recipe("w4a16:gptq"), calibration=Calibration([{"x": sample}]))
+    step = Quantize(parse_recipe("w4a16,head=w4a16:gptq"), calibration=Calibration([{"x": sample}]))
     changed = Pipeline("test", (step,)).run(graph)[0]
     (layer,) = changed.metadata[METADATA_KEY]["layers"]
     assert layer["method"] == "rtn"
