@@ -154,6 +154,10 @@ def _text(layer: Layer) -> str:
             " { p = Softmax (s) k = Constant <value_ints = [1]> () v, i = TopK (p, k)"
             ' y = hal.MixtureOfExperts <activation = "silu"> (x, i, v, w, d) }'
         )
+    if layer.stacked:
+        heads = layer.shape[0]
+        values = f"(float[n, {heads}, 1, {width}] x) => (float[n, {heads}, 1, {rows}] y)"
+        return f"{values} <float[{heads}, {width}, {rows}] w> {{ y = MatMul (x, w) }}"
     if layer.kind != "conv":
         values = f"(float[n, {width}] x) => (float[n, {rows}] y) <float[{width}, {rows}] w>"
         return f"{values} {{ y = MatMul (x, w) }}"

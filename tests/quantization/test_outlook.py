@@ -15,6 +15,7 @@ from hal.targets import load_backend, resolve
 from tests.kernels.support import chip
 from tests.passes.quantize.cnn import calibration, network
 from tests.passes.quantize.toy import language_model
+from tests.passes.toys import Toy
 
 TARGETS = ("host:onnxruntime", "host:tvm")
 
@@ -39,6 +40,15 @@ def expected_and_read(
 def test_a_language_model_reads_what_was_foretold(recipe: str, target: str) -> None:
     expected, read, _ = expected_and_read(language_model(256, 512), recipe, target)
     assert expected == pytest.approx(read, rel=0.02)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_matrices_of_heads_read_what_was_foretold(target: str) -> None:
+    toy = Toy(x=["batch", 4, "sequence", 64])
+    toy.output(toy("Relu", toy("MatMul", toy.x, toy.weight(4, 64, 32))), "y")  # each is small
+    expected, read, lacking = expected_and_read(toy.graph(), "w4a16", target)
+    assert expected == pytest.approx(read, rel=0.02)
+    assert not lacking
 
 
 @pytest.mark.parametrize("target", TARGETS)
