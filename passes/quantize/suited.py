@@ -7,9 +7,13 @@ import dataclasses
 import onnx_ir as ir
 
 from hal.passes.quantize.chains import heavy_nodes
-from hal.passes.quantize.formats import Setting, conv_setting
+from hal.passes.quantize.formats import Format, Setting, conv_setting
 from hal.passes.quantize.layers import SMALLEST, Layer
 from hal.passes.quantize.rewrite import readers_of_input, rounds_activations
+
+_FEWEST = 4
+"""Bits that matrices for each head have at least, unless a plan names them: no method sees their
+inputs, and a model that was trained for fewer bits was trained without knowing of them."""
 
 
 def suited(layer: Layer, asked: Setting) -> tuple[Setting | None, str]:
@@ -21,6 +25,9 @@ def suited(layer: Layer, asked: Setting) -> tuple[Setting | None, str]:
     setting = conv_setting(asked) if layer.kind == "conv" else asked
     assert setting is not None
     form, reason = setting.format, ""
+    if layer.stacked and form.bits < _FEWEST:
+        form = Format(8, 32, symmetric=True, activations=form.activations)
+        reason = f"a matrix for each head: below {_FEWEST} bits, rounding to nearest is not enough"
     if form.static:
         reason = _not_static(layer)
         if not reason:

@@ -177,3 +177,14 @@ def test_methods_that_look_at_data_leave_matrices_of_heads_to_rounding() -> None
     (layer,) = changed.metadata[METADATA_KEY]["layers"]
     assert layer["method"] == "rtn"
     assert layer["reason"] == "a matrix for each head is rounded to nearest"
+
+
+def test_below_four_bits_matrices_of_heads_have_eight_unless_a_plan_names_them() -> None:
+    graph = heads()
+    step = Quantize(parse_recipe("w2a16,head=w2a16"))
+    (layer,) = Pipeline("test", (step,)).run(graph)[0].metadata[METADATA_KEY]["layers"]
+    assert layer["format"] == "w8a16-g32"
+    assert "for each head" in layer["reason"]
+    step = Quantize(parse_recipe("w2a16"), {"maps": parse_setting("w2a16")})
+    (layer,) = Pipeline("test", (step,)).run(graph)[0].metadata[METADATA_KEY]["layers"]
+    assert layer["format"] == "w2a16-g32"

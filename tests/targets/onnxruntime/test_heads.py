@@ -7,7 +7,7 @@ import pytest
 
 from hal.ir.evaluate import evaluate
 from hal.passes.base import Pipeline
-from hal.passes.quantize import Quantize, parse_recipe
+from hal.passes.quantize import Quantize, parse_recipe, parse_setting
 from hal.targets.onnxruntime.legalize import legalize
 from tests.targets.onnxruntime.support import parse
 
@@ -21,7 +21,9 @@ def test_each_head_has_its_product(recipe: str) -> None:
         f"g (float[b, {HEADS}, t, {K}] x) => (float[b, {HEADS}, t, {N}] y) {{ y = MatMul (x, w) }}",
         w=weight,
     )
-    graph = Pipeline("test", (Quantize(parse_recipe(recipe)),)).run(graph)[0]
+    graph = Pipeline("test", (Quantize(parse_recipe(recipe), {"w": parse_setting(recipe)}),)).run(
+        graph
+    )[0]
     given = {"x": np.random.default_rng(1).standard_normal((2, HEADS, 4, K), np.float32)}
     expected = evaluate(graph, given)["y"]
     legal = legalize(graph)

@@ -10,7 +10,7 @@ pytest.importorskip("tvm")
 from hal.ir import Graph
 from hal.ir.evaluate import evaluate
 from hal.passes.base import Pipeline
-from hal.passes.quantize import Quantize, parse_recipe
+from hal.passes.quantize import Quantize, parse_recipe, parse_setting
 from hal.targets import resolve
 from hal.targets.tvm.backend import shaping_of
 from hal.targets.tvm.direct import compile_graph
@@ -30,7 +30,9 @@ def product(recipe: str, k: int = K) -> Graph:
         f"g (float[b, {HEADS}, t, {k}] x) => (float[b, {HEADS}, t, {N}] y) {{ y = MatMul (x, w) }}",
         w=weight,
     )
-    return Pipeline("test", (Quantize(parse_recipe(recipe)),)).run(graph)[0]
+    return Pipeline("test", (Quantize(parse_recipe(recipe), {"w": parse_setting(recipe)}),)).run(
+        graph
+    )[0]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (1, 70)])
