@@ -76,15 +76,15 @@ def _multiply(graph: ir.Graph, value: ir.Value, name: str, rng: np.random.Genera
         graph.insert_after(maker, product)
 
 
-def movement(
-    graph: Graph, run: Callable[[Graph], Sequence[dict[str, Any]]], right: Sequence[dict[str, Any]]
-) -> dict[str, float]:
-    """How far each float output moves from ``right``, at most; nothing for a graph without jumps.
+def movement(graph: Graph, run: Callable[[Graph], Sequence[dict[str, Any]]]) -> dict[str, float]:
+    """How far each float output moves, at most; nothing for a graph without jumps.
 
-    ``run`` gives a graph's outputs in calls in a row, as ``right`` has them.
+    ``run`` gives a graph's outputs in calls in a row. The graph is compared with itself, so that an
+    error of the passes that made it counts for nothing.
     """
     if not any(node.op_type in STEPS for node in graph.nodes()):
         return {}
+    right = run(graph)
     found: dict[str, float] = {}
     for seed in range(_TRIES):
         for before, after in zip(right, run(disturbed(graph, seed)), strict=True):

@@ -9,7 +9,7 @@ import pytest
 from hal.ir import Graph
 from hal.ir.evaluate import evaluate
 from hal.runtime.sensitivity import disturbed, movement
-from hal.runtime.verification import reference_for
+from hal.runtime.verification import Reference, allow_movement, compare, reference_for
 from tests.passes.toys import Toy
 
 
@@ -32,12 +32,12 @@ def runs(graph: Graph) -> list[dict[str, np.ndarray]]:
 
 def test_a_choice_next_to_a_tie_moves_the_result() -> None:
     graph = looked_up(chosen=True)
-    assert movement(graph, runs, runs(graph)) == {"y": pytest.approx(4.0, rel=1e-4)}
+    assert movement(graph, runs) == {"y": pytest.approx(4.0, rel=1e-4)}
 
 
 def test_a_graph_without_jumps_is_not_looked_at() -> None:
     graph = looked_up(chosen=False)
-    assert movement(graph, runs, runs(graph)) == {}
+    assert movement(graph, runs) == {}
 
 
 def test_noise_is_in_the_last_bits_and_in_the_first_floats_alone() -> None:
@@ -63,3 +63,16 @@ def test_a_model_that_gives_no_numbers_cannot_be_verified() -> None:
     found = reference_for(toy.graph())
     assert isinstance(found, str)
     assert "'y' as NaN" in found
+
+
+def test_a_wrong_build_of_a_model_that_jumps_still_fails() -> None:
+    """The movement is the graph's own: what it is compared with has no part in it."""
+    graph = looked_up(chosen=True)
+    steps = ({"ids": np.zeros(2, np.int64)},)
+    far = movement(graph, runs)["y"]
+    for error, passes in ((far, True), (3 * far, False)):
+        wrong = tuple({"y": out["y"] + np.float32(error)} for out in runs(graph))
+        figures = {"y": compare("y", runs(graph)[0]["y"], wrong[0]["y"])}
+        assert not figures["y"]["passed"]
+        allow_movement(figures, graph, Reference(steps, wrong))
+        assert figures["y"]["passed"] == passes
