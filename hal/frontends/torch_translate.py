@@ -8,6 +8,7 @@ initializer's ``const_value`` reads the parameter's storage when asked for bytes
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import re
 import warnings
@@ -15,8 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 import onnxscript.optimizer
+import onnxscript.rewriter
 import torch
+from onnxscript.rewriter.rules import common as rules
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
@@ -27,6 +31,49 @@ from hal.ir.ops import ensure_functions
 
 # torch's exporter fuses RMSNormalization and RotaryEmbedding at exactly this version.
 _EXPORTER_OPSET = 23
+# onnxscript's own list without slice_split_rule: it looks at every pair of nodes.
+_RULES = (
+    rules.mul_by_1_rule,
+    rules.add_0_rule,
+    rules.sub_0_rule,
+    rules.div_by_1_rule,
+    rules.dropout_zero_rule,
+    rules.dropout_inference_rule,
+    rules.one_reshape_matmul_reshape_rule,
+    rules.two_reshapes_matmul_reshape_rule,
+    rules.cast_constant_of_shape_rule,
+    rules.cast_constant_of_shape_without_value_rule,
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+    rules.materialize_reshape_shape_rule,
+    rules.min_min_rule,
+    rules.max_max_rule,
+    rules.min_max_rule,
+    rules.max_min_rule,
+    rules.successive_clip_relu_rule,
+    rules.successive_relu_clip_rule,
+    rules.successive_relu_rule,
+    rules.successive_clip_rule,
+    rules.cast_cast_rule,
+    rules.no_op_cast_rule,
+    rules.no_op_expand_rule,
+    rules.flatten_to_reshape_rule,
+    rules.reshape_reshape_rule,
+    rules.no_op_transpose_rule,
+    rules.transpose_transpose_rule,
+    rules.unsqueeze_unsqueeze_rule,
+    rules.squeeze_reshape_1d_rule,
+    rules.no_op_dynamic_scatter_nd_rule,
+    rules.no_op_static_scatter_nd_rule,
+    rules.normalize_pad_format_conv_rule,
+    rules.fuse_pad_into_conv_rule,
+    rules.fuse_batchnorm_into_conv_rule,
+    rules.fuse_batchnorm_into_conv_transpose_rule,
+    rules.fuse_batchnorm_into_gemm_rule,
+    rules.remove_optional_bias_from_conv_rule,
+    rules.remove_optional_bias_from_conv_transpose_rule,
+    rules.remove_optional_bias_from_gemm_rule,
+)
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
@@ -92,26 +139,114 @@ def graph_from_program(
 
 
 def _translate(program: torch.export.ExportedProgram) -> ir.Model:
-    try:
-        onnx_program = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=_EXPORTER_OPSET,
-            custom_translation_table=torch_ops.translation_table(),
-            verbose=False,
-            optimize=False,  # its fusion to RotaryEmbedding forgets that positions broadcast
-        )
-    except Exception as error:  # noqa: BLE001  torch raises whatever a translation raises
-        raise ExportError(*_explain(error)) from None
-    assert onnx_program is not None  # None is for TorchScript only
+    onnx_program = _exported(program)
     _refuse_mutation(onnx_program.exported_program)
     model = onnx_program.model.clone()  # a graph remembers values that it no longer has
     weights = list(model.graph.initializers.values())
-    onnxscript.optimizer.optimize(model)
+    _optimize(model)
     # The optimizer renames an input that is also an output.
     for value, name in zip(model.graph.inputs, program_input_names(program), strict=True):
         value.name = name
     return _released(model, weights)
+
+
+class _AsCaptured(torch.export.ExportedProgram):
+    """A program whose operators are translated as they were captured.
+
+    The exporter decomposes what it cannot translate by tracing the whole program once more, which
+    takes as long as the capture did, though for most models every operator has a translation.
+    """
+
+    @classmethod
+    def of(cls, program: torch.export.ExportedProgram) -> _AsCaptured:
+        """A copy.
+
+        Raises:
+            NotImplementedError: the program has operators that write into their inputs, which
+                tracing makes functional, or graphs in it.
+            torch._export.verifier.SpecViolationError: its signature is not its graph's.
+        """
+        for node in program.graph.nodes:
+            schema = getattr(node.target, "_schema", None)
+            if (schema is not None and schema.is_mutable) or node.op == "get_attr":
+                raise NotImplementedError(f"{node} has to be traced")
+        graph = copy.deepcopy(program.graph)
+        for node, original in zip(graph.nodes, program.graph.nodes, strict=True):
+            node.name = original.name  # the copy's differ where they are Python's own words
+        _plain_casts(graph)
+        return cls(
+            root=program.graph_module,
+            graph=graph,
+            graph_signature=program.graph_signature,
+            state_dict=program.state_dict,
+            range_constraints=program.range_constraints,
+            module_call_graph=program.module_call_graph,
+            example_inputs=program.example_inputs,
+            constants=program.constants,
+            verifiers=program.verifiers,
+        )
+
+    def run_decompositions(
+        self, decomp_table: dict[Any, Any] | None = None, **_: Any
+    ) -> torch.export.ExportedProgram:
+        """This program.
+
+        Raises:
+            NotImplementedError: an operator of it is in ``decomp_table``.
+        """
+        for node in self.graph.nodes:
+            if node.op == "call_function" and node.target in (decomp_table or {}):
+                raise NotImplementedError(f"{node.target} has to be decomposed")
+        return self
+
+
+def _plain_casts(graph: torch.fx.Graph) -> None:
+    """Write ``Tensor.to`` in its many forms, which only tracing resolves, as one cast."""
+    for node in graph.nodes:
+        if getattr(node.target, "overloadpacket", None) is torch.ops.aten.to:
+            node.target = torch.ops.aten._to_copy.default
+            node.args, node.kwargs = node.args[:1], {"dtype": node.meta["val"].dtype}
+
+
+def _exported(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
+    # What the first way cannot do, an operator without a translation above all, the second can or
+    # explains.
+    with contextlib.suppress(Exception):
+        return _torch_onnx(_AsCaptured.of(program))
+    try:
+        return _torch_onnx(program)
+    except Exception as error:  # noqa: BLE001  torch raises whatever a translation raises
+        raise ExportError(*_explain(error)) from None
+
+
+def _torch_onnx(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
+    onnx_program = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=_EXPORTER_OPSET,
+        custom_translation_table=torch_ops.translation_table(),
+        verbose=False,
+        optimize=False,  # its fusion to RotaryEmbedding forgets that positions broadcast
+    )
+    assert onnx_program is not None  # None is for TorchScript only
+    return onnx_program
+
+
+def _optimize(model: ir.Model) -> None:
+    """What ``onnxscript.optimizer.optimize`` does, in its order, with our rules."""
+    common.InlinePass()(model)
+    for _ in range(2):
+        onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
+        onnxscript.rewriter.rewrite(model, _RULES)
+    for step in (
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    ):
+        step(model)
 
 
 def _released(model: ir.Model, weights: list[ir.Value]) -> ir.Model:

@@ -123,6 +123,48 @@ def test_a_pt2_file_gives_the_same_graph(tmp_path: Path) -> None:
     )
 
 
+class Casts(torch.nn.Module):
+    """``Tensor.to`` in its forms, reshapes that only tracing resolves, and dropout."""
+
+    def forward(self, input: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        whole = input.to(torch.int64).contiguous().reshape(-1)
+        wide = whole.to("cpu", torch.float64).to(like)
+        y = torch.nn.functional.dropout(wide.type_as(input), 0.5, self.training)
+        return y, input.to(torch.float32), (input.half() + 1).float()
+
+
+class WritesInPlace(torch.nn.Module):
+    def forward(self, input: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        y = input + 1
+        y[:, 1:] = like[:, 1:]
+        return y.mul_(2)
+
+
+@pytest.mark.parametrize(("module", "traced"), [(Casts(), 0), (WritesInPlace(), 1)])
+def test_a_program_is_traced_again_only_where_it_must_be(
+    module: torch.nn.Module, traced: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = (torch.randn(2, 3) * 4, torch.randn(2, 3))
+    program = torch.export.export(module.eval(), inputs, strict=False)
+    before, calls = str(program.graph), []
+    decompose = torch.export.ExportedProgram.run_decompositions
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        calls.append(self)
+        return decompose(self, *args, **options)
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", counted)
+    graph = torch_module.from_exported_program(program)
+    assert len(calls) == traced
+    assert str(program.graph) == before
+    want = module(*(x.clone() for x in inputs))
+    got = run(session(graph), {"input": inputs[0], "like": inputs[1]})
+    for have, expected in zip(
+        got.values(), want if isinstance(want, tuple) else [want], strict=True
+    ):
+        np.testing.assert_allclose(have, expected, rtol=2e-3)  # float16 has ten bits
+
+
 @pytest.mark.parametrize("data", [b"", b"PK\x03\x04 cut off", b"text"])
 def test_a_damaged_pt2_file_is_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "m.pt2").write_bytes(data)
